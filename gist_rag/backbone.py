@@ -1,0 +1,597 @@
+"""The one room that knows Hugging Face anatomy.
+
+A ``Backbone`` borrows a causal LM: it never trains, saves or forks it. Two facts carry everything:
+
+- Hidden states of chosen slots, sent through a layer's own norm and k/v projections, *are* that
+  layer's keys and values before RoPE, so gists are read off an ordinary forward pass (``encode``,
+  ``project_kv``).
+- transformers hands unknown keyword arguments down to a registered attention function, so gists
+  reach attention as an argument (``slots=``) of an ordinary forward pass (``read``, ``decode``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from gist_rag_kernels import slot_attention
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from gist_rag.errors import BadInput, ContextOverflow, UnsupportedBackbone
+from gist_rag.layout import Slots
+from gist_rag.types import Sampling
+
+ATTENTION = "gist_rag"
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one forward pass reads besides its own tokens: the ``slots=`` argument of attention."""
+
+    slots: Slots
+    seen: Tensor | None = None
+
+
+def attend_slots(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    slots: Reading | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over gist slots and local tokens; plain SDPA where no slots are given.
+
+    Args:
+        query: ``(B, Hq, Q, D)``.
+        key, value: ``(B, H, K, D)`` of the local tokens.
+        attention_mask: ``(B, 1, Q, K)`` bool over the local tokens, or ``None`` for causal.
+
+    Returns:
+        ``(B, Q, Hq, D)`` and ``None``, as transformers expects.
+    """
+    if slots is None:
+        result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return result
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    slot_keys, slot_values, _, _ = slots.slots.layer(layer)
+    batch, heads, rows, keys = *key.shape[:2], query.shape[2], key.shape[2]
+    if attention_mask is None:
+        visible = torch.ones(rows, keys, dtype=torch.bool, device=key.device).tril(keys - rows)
+        attention_mask = visible[None, None]
+    itself = torch.eye(rows, keys, dtype=torch.bool, device=key.device).roll(keys - rows, 1)
+    hidden = ~(attention_mask | itself)  # padding sees itself, so that no softmax is empty
+    local = torch.zeros(1, device=key.device).masked_fill(hidden, -torch.inf)
+    slot_bias = slots.slots.visible_bias(layer, slots.seen)
+    bias = torch.cat(
+        (
+            slot_bias.expand(-1, -1, rows, -1),
+            local.expand(batch, heads, -1, -1),
+        ),
+        dim=-1,
+    )
+    out = slot_attention(
+        query,
+        torch.cat((slot_keys, key), dim=2),
+        torch.cat((slot_values, value), dim=2),
+        bias,
+        scaling if scaling is not None else query.shape[-1] ** -0.5,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, attend_slots)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """KV of a text that starts a prompt: exact, after RoPE at positions ``0..P-1``.
+
+    ``keys`` and ``values`` are ``(L, H, P, D)``.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __len__(self) -> int:
+        return self.keys.shape[2]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything that stands before the text still to be read, for a batch of prompts.
+
+    Attributes:
+        prefixes: exact KV of the leading text, one per prompt.
+        slots: composed gists, or ``None`` when no prompt has any.
+    """
+
+    prefixes: Sequence[Prefix]
+    slots: Slots | None
+
+
+@dataclass(frozen=True)
+class Local:
+    """Tokens of one prompt that are read at query time.
+
+    Attributes:
+        ids: ``(Q,)``.
+        positions: ``(Q,)``, rising; they jump where a passage stands.
+        seen: ``(Q,)`` how many of the prompt's passages come before each token.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    seen: Tensor
+
+    @classmethod
+    def after(cls, ids: Tensor, start: int, num_passages: int) -> Local:
+        """A text that stands behind all passages, from position ``start`` on."""
+        return cls(ids, start + torch.arange(len(ids)), torch.full_like(ids, num_passages))
+
+    @classmethod
+    def join(cls, texts: Sequence[Local]) -> Local:
+        """Texts that are read in one pass."""
+        return cls(
+            torch.cat([t.ids for t in texts]),
+            torch.cat([t.positions for t in texts]),
+            torch.cat([t.seen for t in texts]),
+        )
+
+
+class Backbone:
+    """A frozen causal LM that can be read with gists.
+
+    Args:
+        model: a transformers causal LM of a supported family; its attention implementation is set
+            to one that equals SDPA wherever no gists are given.
+        tokenizer: its tokenizer.
+        name: how users call the model.
+
+    Raises:
+        UnsupportedBackbone: the model's attention cannot read gists; says why.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str = "") -> None:
+        why = reason_against(model)
+        if why:
+            raise UnsupportedBackbone(
+                f"{name or type(model).__name__} cannot read gists: {why}. "
+                f"Supported families: {', '.join(SUPPORTED)}"
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.model.set_attn_implementation(ATTENTION)
+        self.tokenizer = tokenizer
+        self.name = name or str(getattr(model.config, "_name_or_path", ""))
+        self._lock = threading.RLock()
+
+        config = model.config
+        self.num_layers: int = config.num_hidden_layers
+        self.num_query_heads: int = config.num_attention_heads
+        self.num_heads: int = config.num_key_value_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        self.max_positions: int = config.max_position_embeddings
+        self.scaling: float = self.layers[0].self_attn.scaling
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        layers: Sequence[Any] = self.model.model.layers
+        return layers
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        ids = self.model.generation_config.eos_token_id
+        ids = ids if isinstance(ids, list) else [ids]
+        return frozenset(i for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over config, weights (a sample of every tensor), tokenizer and chat template."""
+        digest = hashlib.sha256()
+        for name, weight in self.model.named_parameters():
+            step = max(1, weight.numel() // 256)
+            sample = weight.detach().reshape(-1)[::step].to("cpu", torch.bfloat16)
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
+        digest.update(str(self.model.config.rope_parameters).encode())
+        digest.update(str(sorted(self.tokenizer.get_vocab().items())).encode())
+        digest.update(str(getattr(self.tokenizer, "chat_template", None)).encode())
+        return digest.hexdigest()
+
+    def tokenize(self, text: str) -> Tensor:
+        """``(T,)`` token ids of a piece of a prompt, without special tokens of its own."""
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        return torch.as_tensor(ids, dtype=torch.long)
+
+    def render(
+        self, messages: Sequence[Any], tools: Sequence[Any] | None = None
+    ) -> str:
+        """The prompt that the model's chat template makes of messages."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return "\n\n".join(str(m["content"]) for m in messages) + "\n"
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except Exception as error:  # templates raise jinja2 errors of their own for odd role orders
+            raise BadInput(f"the chat template of {self.name} refuses these messages: {error}") from error
+        return text
+
+    # ---- encoding
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Input embeddings ``(..., E)`` of token ids ``(...)``."""
+        table: Tensor = self.model.get_input_embeddings()(input_ids.to(self.device))
+        return table
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        *,
+        embeddings: Tensor | None = None,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Residual stream of passages encoded alone.
+
+        Args:
+            input_ids: ``(B, S)``, right-padded; ignored where ``embeddings`` are given.
+            embeddings: ``(B, S, E)`` input embeddings.
+            mask: ``(B, 1, S, S)`` bool, or ``None`` for causal.
+            positions: ``(B, S)``; default ``0..S-1``.
+
+        Returns:
+            ``(L + 1, B, S, E)``: the input of each layer, then the last layer's output before the
+            final norm.
+        """
+        arguments: dict[str, Any] = {"input_ids": input_ids.to(self.device)}
+        if embeddings is not None:
+            arguments = {"inputs_embeds": embeddings}
+        if mask is not None:
+            arguments["attention_mask"] = mask.to(self.device)
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1])[None]
+        stream: list[Tensor] = []
+        with self._lock, _recorded(self.layers, stream):
+            self.model.model(
+                **arguments, position_ids=positions.to(self.device), use_cache=False
+            )
+        return torch.stack(stream)
+
+    def project_kv(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values of residual streams.
+
+        Args:
+            hidden: ``(L, ..., N, E)`` inputs of the layers.
+
+        Returns:
+            Keys and values ``(L, ..., H, N, D)``.
+        """
+        keys, values = [], []
+        for layer, states in zip(self.layers, hidden, strict=True):
+            attention, states = layer.self_attn, layer.input_layernorm(states)
+            shape = (*states.shape[:-1], -1, self.head_dim)
+            key = attention.k_proj(states).view(shape)
+            key = attention.k_norm(key) if hasattr(attention, "k_norm") else key
+            keys.append(key.transpose(-2, -3))
+            values.append(attention.v_proj(states).view(shape).transpose(-2, -3))
+        return torch.stack(keys), torch.stack(values)
+
+    def project_queries(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Queries after RoPE, grouped by the KV head that they read.
+
+        Args:
+            hidden: ``(L, B, Q, E)`` inputs of the layers.
+            positions: ``(B, Q)``.
+
+        Returns:
+            ``(L, B, H, G * Q, D)`` for groups of ``G`` query heads.
+        """
+        cos, sin = self.rotary(positions)  # (B, Q, D)
+        queries = []
+        for layer, states in zip(self.layers, hidden, strict=True):
+            attention, states = layer.self_attn, layer.input_layernorm(states)
+            query = attention.q_proj(states).view(*states.shape[:-1], -1, self.head_dim)
+            query = attention.q_norm(query) if hasattr(attention, "q_norm") else query
+            left, right = query.float().chunk(2, dim=-1)
+            turned = torch.cat((-right, left), dim=-1)
+            query = query.float() * cos[:, :, None] + turned * sin[:, :, None]
+            grouped = query.transpose(1, 2).unflatten(1, (self.num_heads, -1))  # (B, H, G, Q, D)
+            queries.append(grouped.flatten(2, 3))
+        return torch.stack(queries)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's own cos and sin ``(..., D)`` in float32 at integer positions ``(...)``."""
+        flat = positions.reshape(1, -1).to(self.device)
+        carrier = torch.zeros(1, dtype=torch.float32, device=self.device)
+        cos, sin = self.model.model.rotary_emb(carrier, position_ids=flat)
+        shape = (*positions.shape, self.head_dim)
+        return cos.view(shape), sin.view(shape)
+
+    def prefix(self, input_ids: Tensor) -> Prefix:
+        """Exact KV of leading text ``(P,)``; an empty text gives an empty prefix."""
+        if not len(input_ids):
+            empty = torch.zeros(
+                self.num_layers, self.num_heads, 0, self.head_dim, dtype=self.dtype, device=self.device
+            )
+            return Prefix(empty, empty)
+        cache = DynamicCache(config=self.model.config)
+        with self._lock, torch.no_grad():
+            self.model.model(
+                input_ids=input_ids[None].to(self.device), past_key_values=cache, use_cache=True
+            )
+        return Prefix(
+            torch.stack([layer.keys[0] for layer in cache.layers]),
+            torch.stack([layer.values[0] for layer in cache.layers]),
+        )
+
+    # ---- reading
+
+    def read(
+        self,
+        context: Context,
+        texts: Sequence[Local],
+        *,
+        num_logits: int = 0,
+    ) -> Tensor:
+        """Logits of texts read after a context; differentiable.
+
+        Args:
+            texts: one per prompt, left-padded to the longest.
+            num_logits: rows wanted from the end; 0 for all.
+
+        Returns:
+            ``(B, Q or num_logits, V)``, right-aligned.
+        """
+        return self._forward(self._start(context, texts), num_logits)
+
+    def trace(self, context: Context, texts: Sequence[Local]) -> tuple[Tensor, Tensor]:
+        """Residual stream of texts read after a context.
+
+        Returns:
+            ``(L + 1, B, Q, E)`` as in ``encode`` and positions ``(B, Q)``, left-padded as in
+            ``read``.
+        """
+        stream: list[Tensor] = []
+        step = self._start(context, texts)
+        with self._lock, _recorded(self.layers, stream):
+            self._forward(step, 1)
+        return torch.stack(stream), step.positions
+
+    def logits(self, residual: Tensor) -> Tensor:
+        """Logits ``(..., V)`` of the residual stream ``(..., E)`` after the last layer."""
+        logits: Tensor = self.model.lm_head(self.model.model.norm(residual))
+        return logits
+
+    @torch.no_grad()
+    def decode(
+        self,
+        context: Context,
+        texts: Sequence[Local],
+        sampling: Sequence[Sampling],
+    ) -> Generator[list[int | None], set[int] | None]:
+        """Generate for a batch of prompts, one list of new tokens per step.
+
+        A row yields its end token as its last one and ``None`` afterwards; the generator ends when
+        every row has ended or reached its ``max_tokens``. A caller that has enough of some rows
+        sends their indices: ``steps.send({0, 2})``.
+
+        Raises:
+            ContextOverflow: a prompt with its answer needs more positions than the model has.
+        """
+        self._check_window(texts, sampling)
+        choosers = [_Chooser(s, self.device) for s in sampling]
+        state = self._start(context, texts)
+        done: set[int] = set()
+        for step in range(max(s.max_tokens for s in sampling)):
+            logits = self._forward(state, 1)
+            done |= {row for row, s in enumerate(sampling) if step >= s.max_tokens}
+            tokens = [
+                None if row in done else choose(logits[row, -1])
+                for row, choose in enumerate(choosers)
+            ]
+            done |= {row for row, token in enumerate(tokens) if token in self.stop_ids}
+            done |= (yield tokens) or set()
+            if len(done | {r for r, s in enumerate(sampling) if step + 1 >= s.max_tokens}) == len(
+                sampling
+            ):
+                return
+            ids = [[self._filler if token is None else token] for token in tokens]
+            state = state.append(torch.tensor(ids, device=self.device))
+
+    @property
+    def _filler(self) -> int:
+        return min(self.stop_ids, default=0)
+
+    def _check_window(self, texts: Sequence[Local], sampling: Sequence[Sampling]) -> None:
+        rows = zip(texts, sampling, strict=True)
+        needed = max(int(text.positions[-1]) + 1 + s.max_tokens for text, s in rows)
+        if needed > self.max_positions:
+            raise ContextOverflow(
+                f"prompt and answer take {needed} positions, {self.name} has "
+                f"{self.max_positions}; retrieve fewer passages or lower max_tokens"
+            )
+
+    def _start(self, context: Context, texts: Sequence[Local]) -> _Step:
+        """First step of a reading: prefixes and texts padded left, prefix KV in a fresh cache."""
+        size, width = max(len(t.ids) for t in texts), max(len(p) for p in context.prefixes)
+        ids = torch.full((len(texts), size), self._filler)
+        positions, seen = torch.zeros_like(ids), torch.zeros_like(ids)
+        visible = torch.ones(len(texts), width + size, dtype=torch.bool)
+        for row, (prefix, text) in enumerate(zip(context.prefixes, texts, strict=True)):
+            pad = size - len(text.ids)
+            visible[row, : width - len(prefix)] = False
+            visible[row, width : width + pad] = False
+            ids[row, pad:], positions[row, pad:], seen[row, pad:] = (
+                text.ids,
+                text.positions,
+                text.seen,
+            )
+        reading = None
+        if context.slots is not None:
+            everything = bool((seen > context.slots.order.max().cpu()).all())
+            reading = Reading(context.slots, None if everything else seen.to(self.device))
+        return _Step(
+            ids.to(self.device),
+            positions.to(self.device),
+            None if bool(visible.all()) else visible.to(self.device),
+            self._cache(context.prefixes, width),
+            reading,
+        )
+
+    def _cache(self, prefixes: Sequence[Prefix], width: int) -> DynamicCache:
+        """A fresh cache that holds the prefixes, padded left to ``width``."""
+        cache = DynamicCache(config=self.model.config)
+        if width:
+            pad = lambda x: nn.functional.pad(x, (0, 0, width - x.shape[2], 0))
+            keys = torch.stack([pad(p.keys) for p in prefixes], dim=1)  # (L, B, H, P, D)
+            values = torch.stack([pad(p.values) for p in prefixes], dim=1)
+            for index in range(self.num_layers):
+                cache.update(keys[index], values[index], index)
+        return cache
+
+    def _forward(self, step: _Step, num_logits: int) -> Tensor:
+        arguments: dict[str, Any] = {}
+        if step.visible is not None:
+            arguments["attention_mask"] = step.visible
+        if step.reading is not None:
+            arguments["slots"] = step.reading
+        with self._lock:
+            out = self.model(
+                input_ids=step.ids,
+                position_ids=step.positions,
+                past_key_values=step.cache,
+                use_cache=True,
+                logits_to_keep=num_logits,
+                **arguments,
+            )
+        logits: Tensor = out.logits
+        return logits
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Input of one forward pass: ``ids`` and ``positions`` ``(B, Q)``; ``visible`` ``(B, K)`` bool
+    over prefix and text, ``None`` when nothing is padded."""
+
+    ids: Tensor
+    positions: Tensor
+    visible: Tensor | None
+    cache: DynamicCache
+    reading: Reading | None
+
+    def append(self, ids: Tensor) -> _Step:
+        """The next step: one token ``(B, 1)`` per row, which sees everything before it."""
+        visible = self.visible
+        if visible is not None:
+            visible = nn.functional.pad(visible, (0, 1), value=True)
+        reading = None if self.reading is None else Reading(self.reading.slots)
+        return _Step(ids, self.positions[:, -1:] + 1, visible, self.cache, reading)
+
+
+class _Chooser:
+    """Picks one row's next token by its ``Sampling``."""
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self.sampling = sampling
+        self.generator = torch.Generator(device)
+        if sampling.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(sampling.seed)
+
+    def __call__(self, logits: Tensor) -> int:
+        sampling = self.sampling
+        if sampling.temperature == 0:
+            return int(logits.argmax())
+        logits = logits.float() / sampling.temperature
+        if 0 < sampling.top_k < len(logits):
+            logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
+        probs, order = logits.softmax(-1).sort(descending=True)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0)
+        return int(order[torch.multinomial(probs, 1, generator=self.generator)])
+
+
+@contextmanager
+def _recorded(layers: Sequence[Any], stream: list[Tensor]) -> Iterator[None]:
+    """Append each layer's input, then the last layer's output, to ``stream``.
+
+    ``output_hidden_states`` of transformers gives the last one after the final norm, which no
+    layer projection can use.
+    """
+
+    def enter(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        stream.append(args[0] if args else kwargs["hidden_states"])
+
+    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+        stream.append(output if isinstance(output, Tensor) else output[0])
+
+    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def reason_against(model: Any) -> str | None:
+    """Why a model cannot be read with gists, or ``None`` if it can."""
+    config = model.config
+    family = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if layers is None:
+        return f"family {family!r} keeps its layers elsewhere than model.model.layers"
+    attention = getattr(layers[0], "self_attn", None)
+    if hasattr(attention, "kv_a_proj_with_mqa") or hasattr(attention, "kv_b_proj"):
+        return "multi-head latent attention has no per-head keys to keep"
+    if hasattr(attention, "qkv_proj") or hasattr(attention, "query_key_value"):
+        return "its query, key and value projections are fused into one"
+    if not hasattr(model.model, "rotary_emb"):
+        return "it has learned or no position embeddings, so keys cannot be moved"
+    if family not in SUPPORTED:
+        return f"family {family!r} has not been checked"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if kinds != {"full_attention"} or (sliding and family == "mistral"):
+        return "sliding-window layers drop what gists stand for"
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") not in STATIC_ROPE:
+        return f"RoPE type {rope['rope_type']!r} depends on the length of the prompt"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return "only a part of each head is rotated"
+    return None

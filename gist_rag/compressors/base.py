@@ -1,0 +1,208 @@
+"""``Compressor``: the path that all methods share, and the hooks where they differ.
+
+    compress = layout > encode > extract > finish
+
+A method overrides one to three hooks. The backbone is borrowed: never a submodule, never saved,
+never trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gist_rag.backbone import Backbone
+from gist_rag.errors import BadInput, PassageTooLong, UnknownCompressor
+from gist_rag.layout import Layout
+from gist_rag.types import GistState
+
+FORMAT = 1
+
+
+class CompressorConfig(BaseModel):
+    """Settings of a compressor: what is saved, what the CLI takes, what the fingerprint covers.
+
+    ``ratio`` is tokens per kept slot of an average head.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ratio: float = Field(default=8.0, ge=1.0)
+
+
+class Compressor(nn.Module):
+    """Turns passages into ``GistState``s, independent of question and neighbours.
+
+    Attributes:
+        name: how users ask for it.
+        paper: where it comes from; empty for controls.
+        Config: its settings.
+        trained: whether it needs trained weights to be of use.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    Config: ClassVar[type[CompressorConfig]] = CompressorConfig
+    trained: ClassVar[bool] = False
+
+    def __init__(self, backbone: Backbone, config: CompressorConfig | None = None) -> None:
+        super().__init__()
+        object.__setattr__(self, "backbone", backbone)  # keeps it out of parameters and state_dict
+        self.config = config if config is not None else self.Config()
+
+    backbone: Backbone
+
+    # ---- hooks
+
+    def layout(self, input_ids: Tensor) -> Layout:
+        """Where gists stand among the tokens ``(T,)`` and who sees whom; default: tokens only."""
+        return Layout.tokens(len(input_ids))
+
+    def embeddings(self) -> Tensor | None:
+        """``(num_gists, E)`` input embeddings of the gists that ``layout`` places, if any."""
+        return None
+
+    def extract(self, hidden: Tensor, layout: Layout) -> GistState:
+        """State of one passage from its residual stream ``(L + 1, S, E)``.
+
+        Default: the gist slots, or all tokens when the layout has no gists.
+        """
+        keep = layout.is_gist if bool(layout.is_gist.any()) else torch.ones_like(layout.is_gist)
+        keys, values = self.backbone.project_kv(hidden[:-1, keep.to(hidden.device)])
+        offsets = layout.position[keep].to(hidden.device)
+        return GistState.uniform(
+            keys, values, offsets, span=layout.span, num_tokens=layout.num_tokens
+        )
+
+    def finish(self, states: list[GistState], passages: Sequence[Tensor]) -> list[GistState]:
+        """Last look at the extracted states of a batch; default: as they are."""
+        return states
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest passage that can be compressed, in tokens."""
+        return self.backbone.max_positions
+
+    # ---- the shared path
+
+    def compress(self, passages: Sequence[Tensor]) -> list[GistState]:
+        """States of a batch of tokenised passages ``(T_i,)``; differentiable.
+
+        Raises:
+            BadInput: a passage without tokens.
+            PassageTooLong: a passage that does not fit the model's window.
+        """
+        for ids in passages:
+            if not len(ids):
+                raise BadInput("a passage without tokens cannot be compressed")
+            if len(ids) > self.max_tokens:
+                raise PassageTooLong(
+                    f"a passage of {len(ids)} tokens is longer than the {self.max_tokens} that "
+                    f"{self.name} can take with {self.backbone.name}; split it first"
+                )
+        layouts = [self.layout(ids) for ids in passages]
+        hidden = self._encode(passages, layouts)
+        states = [
+            self.extract(hidden[:, row, : len(layout)], layout)
+            for row, layout in enumerate(layouts)
+        ]
+        return self.finish(states, passages)
+
+    def _encode(self, passages: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
+        """Residual streams ``(L + 1, B, S, E)`` of right-padded passages."""
+        size = max(len(layout) for layout in layouts)
+        gists, causal = self.embeddings(), all(layout.is_causal for layout in layouts)
+        ids = torch.zeros(len(passages), size, dtype=torch.long)
+        source, positions = ids.clone(), ids.clone()
+        mask = torch.eye(size, dtype=torch.bool).repeat(len(passages), 1, 1)
+        for row, (tokens, layout) in enumerate(zip(passages, layouts, strict=True)):
+            ids[row, : len(tokens)] = tokens
+            source[row, : len(layout)] = layout.source
+            positions[row, : len(layout)] = layout.position
+            mask[row, : len(layout), : len(layout)] = layout.mask()
+        if gists is None:
+            return self.backbone.encode(ids, positions=positions, mask=None if causal else mask[:, None])
+        source = source.to(self.backbone.device)
+        table = self.backbone.embed(ids)
+        tokens_at = source.clamp_min(0)[..., None].expand(-1, -1, table.shape[-1])
+        gists_at = gists.to(table.dtype)[(-1 - source).clamp_min(0)]
+        embedded = torch.where(source[..., None] < 0, gists_at, table.gather(1, tokens_at))
+        return self.backbone.encode(
+            ids, embeddings=embedded, positions=positions, mask=None if causal else mask[:, None]
+        )
+
+    # ---- identity and persistence
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over name, config and own weights."""
+        digest = hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode())
+        for name, weight in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Name and settings, as saved and shown."""
+        return {"compressor": self.name, **self.config.model_dump(mode="json")}
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write ``compressor.json`` and, where there are any, its own weights."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        if weights := self.state_dict():
+            save_file({k: v.contiguous() for k, v in weights.items()}, path / "compressor.safetensors")
+        document = {
+            "format": FORMAT,
+            "backbone": self.backbone.name,
+            "backbone_fingerprint": self.backbone.fingerprint,
+            "name": self.name,
+            "config": self.config.model_dump(mode="json"),
+        }
+        (path / "compressor.json").write_text(json.dumps(document, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, backbone: Backbone) -> Self:
+        """Read what ``save_pretrained`` wrote.
+
+        Raises:
+            UnknownCompressor: the folder holds another method, or none.
+            BadInput: it was trained for another model.
+        """
+        document = read_document(folder)
+        if document["name"] != cls.name:
+            raise UnknownCompressor(f"{folder} holds {document['name']!r}, not {cls.name!r}")
+        if cls.trained and document["backbone_fingerprint"] != backbone.fingerprint:
+            raise BadInput(
+                f"{folder} was trained for {document['backbone']}, which is not {backbone.name}"
+            )
+        compressor = cls(backbone, cls.Config.model_validate(document["config"]))
+        weights = Path(folder) / "compressor.safetensors"
+        if weights.exists():
+            compressor.load_state_dict(load_file(weights))
+        return compressor.to(backbone.device)
+
+
+def read_document(folder: Path | str) -> dict[str, Any]:
+    """``compressor.json`` of a folder.
+
+    Raises:
+        UnknownCompressor: there is none, or it cannot be read.
+    """
+    path = Path(folder) / "compressor.json"
+    try:
+        document: dict[str, Any] = json.loads(path.read_text())
+        known = document["format"] <= FORMAT and "name" in document
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UnknownCompressor(f"{path} is no compressor description: {error}") from error
+    if not known:
+        raise UnknownCompressor(f"{path} was written by a newer gist-rag")
+    return document

@@ -1,0 +1,629 @@
+"""``GistEngine``: compress passages once, then answer prompts that contain them.
+
+The query path, word for word in ``GistEngine._run``:
+
+    messages > match > [text | passage]* > fetch > compose > read > decode > Answer
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from gist_rag.backbone import Backbone, Context, Local, Prefix
+from gist_rag.compose import Placed, Positions, compose, place
+from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
+from gist_rag.compressors.full import Full
+from gist_rag.detokenize import TextStream
+from gist_rag.errors import (
+    BadInput,
+    GateFailed,
+    GistsRequired,
+    PassageTooLong,
+    StoreLocked,
+    StoreWriteError,
+)
+from gist_rag.matching import PassageMatcher
+from gist_rag.models import DEFAULT_MODEL, load_model
+from gist_rag.prompt import Known, Segment, Segments, Text, merge, split_messages
+from gist_rag.store import GistStore, pack, unpack
+from gist_rag.types import Answer, GistKey, GistState, Message, Passage, Sampling, Stats
+
+logger = logging.getLogger(__name__)
+
+GistMode = Literal["auto", "off", "require"]
+"""``auto``: read known passages as gists; ``off``: read everything as text; ``require``: raise
+``GistsRequired`` when no passage of the prompt has a gist."""
+
+Prompt = str | Sequence[Message] | Segments
+"""A raw prompt, a conversation for the chat template, or segments made by hand."""
+
+CORPUS_WINDOW = 512
+"""Passages that are looked at together when batches are formed."""
+PREFIXES = 32
+"""Leading texts whose exact KV is kept in memory."""
+GATE_BOUND = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference between gist and plain logits, as a share of their range."""
+
+
+@dataclass(frozen=True)
+class Precomputed:
+    """What ``precompute`` did. ``seconds`` counts compressing and storing, not loading."""
+
+    passages: int
+    written: int
+    skipped: int
+    tokens: int
+    seconds: float
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a streamed answer; the last one carries the whole ``answer``."""
+
+    text: str
+    answer: Answer | None = None
+
+
+class GistEngine:
+    """Compresses passages into a store and answers prompts from it. Safe to share by threads.
+
+    Args:
+        backbone: the model that reads.
+        compressor: what turns passages into gists.
+        store: a folder, an open ``GistStore``, or ``None`` for one that lives as long as the engine.
+        codec: how gists are stored, ``"bf16"`` or ``"int8"``.
+        namespace: tenant; gists of another namespace are never read.
+        positions: where passages that stand side by side go, see ``compose.Positions``.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        compressor: Compressor,
+        store: GistStore | Path | str | None = None,
+        *,
+        codec: str = "bf16",
+        namespace: str = "",
+        positions: Positions = "parallel",
+    ) -> None:
+        self.backbone = backbone
+        self.compressor = compressor
+        self.codec = codec
+        self.namespace = namespace
+        self.positions: Positions = positions
+        self._scratch = tempfile.TemporaryDirectory(prefix="gist-rag-") if store is None else None
+        folder = self._scratch.name if self._scratch else store
+        self.store = folder if isinstance(folder, GistStore) else GistStore.open(str(folder))
+        self.space = self._space()
+        self._matcher = PassageMatcher()
+        self._known: set[str] = set()
+        self._generation = -1
+        self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        self._checked = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str = DEFAULT_MODEL,
+        store: GistStore | Path | str | None = None,
+        *,
+        compressor: str | Path = DEFAULT_COMPRESSOR,
+        settings: Mapping[str, Any] | None = None,
+        codec: str = "bf16",
+        namespace: str = "",
+        positions: Positions = "parallel",
+        dtype: str | None = None,
+        device: str | None = None,
+    ) -> Self:
+        """An engine from names.
+
+        Args:
+            model: alias, local folder or Hugging Face id of a causal LM.
+            store: folder of the gists.
+            compressor: method name or folder of a trained compressor.
+            settings: the compressor's settings, for example ``{"ratio": 16}``.
+            dtype, device: see ``models.load_model``.
+        """
+        backbone = Backbone(*load_model(model, dtype=dtype, device=device), name=model)
+        return cls(
+            backbone,
+            make_compressor(compressor, backbone, settings),
+            store,
+            codec=codec,
+            namespace=namespace,
+            positions=positions,
+        )
+
+    # ---- identity
+
+    def describe(self) -> dict[str, Any]:
+        """All that a gist of this engine depends on."""
+        return {
+            "model": self.backbone.name,
+            "model_fingerprint": self.backbone.fingerprint,
+            **self.compressor.describe(),
+            "compressor_fingerprint": self.compressor.fingerprint,
+            "codec": self.codec,
+            "namespace": self.namespace,
+        }
+
+    def _space(self) -> str:
+        identity = {k: v for k, v in self.describe().items() if k != "model"}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    # ---- filling the store
+
+    def precompute(
+        self,
+        passages: Sequence[Passage],
+        *,
+        batch_tokens: int | None = None,
+        progress: Callable[[int, int, int], None] | None = None,
+        rewrite: bool = False,
+    ) -> Precomputed:
+        """Compress passages that have no gist yet. Each batch is committed as a whole.
+
+        Batches depend on the passages alone, so that an interrupted run, started again, writes
+        what an uninterrupted one would have.
+
+        Args:
+            batch_tokens: padded tokens compressed at a time; default 1,024 on the CPU, 16,384
+                elsewhere.
+            progress: called with passages done, passages in all and tokens done.
+            rewrite: compress also those that have a gist.
+
+        Raises:
+            BadInput: no passages.
+            PassageTooLong: names the passage; those before it stay stored.
+        """
+        if not passages:
+            raise BadInput("no passages to compress: the corpus is empty")
+        self.check_model()
+        started, written, tokens, num_bytes = time.perf_counter(), 0, 0, 0
+        unique = list({p.content: p for p in passages}.values())
+        batch_tokens = batch_tokens or (1024 if self.backbone.device.type == "cpu" else 16384)
+        with self._writing:
+            self.store.add_space(self.space, self.describe())
+            done = 0
+            for batch in self._batches(unique, batch_tokens):
+                absent = {p.content for p, _ in batch}
+                if not rewrite:
+                    absent = set(self.store.missing(self.space, absent))
+                todo = [(p, ids) for p, ids in batch if p.content in absent]
+                if todo:
+                    packed = self._compress([ids for _, ids in todo])
+                    items = [(p, state) for (p, _), state in zip(todo, packed, strict=True)]
+                    written += self.store.put_many(self.space, items, replace=rewrite)
+                    num_bytes += sum(state.num_bytes for state in packed)
+                    tokens += sum(len(ids) for _, ids in todo)
+                done += len(batch)
+                if progress:
+                    progress(done, len(unique), tokens)
+        return Precomputed(
+            passages=len(passages),
+            written=written,
+            skipped=len(passages) - written,
+            tokens=tokens,
+            seconds=time.perf_counter() - started,
+            num_bytes=num_bytes,
+        )
+
+    def _batches(
+        self, passages: Sequence[Passage], batch_tokens: int
+    ) -> Iterator[list[tuple[Passage, Tensor]]]:
+        """Tokenised batches of similar length, the same for the same passages."""
+        for first in range(0, len(passages), CORPUS_WINDOW):
+            window = [
+                (p, self.backbone.tokenize(p.text))
+                for p in passages[first : first + CORPUS_WINDOW]
+            ]
+            for passage, ids in window:
+                if len(ids) > self.compressor.max_tokens:
+                    raise PassageTooLong(
+                        f"passage {passage.id!r} has {len(ids)} tokens; {self.compressor.name} with "
+                        f"{self.backbone.name} takes {self.compressor.max_tokens}; split it first"
+                    )
+            window.sort(key=lambda item: len(item[1]))
+            batch: list[tuple[Passage, Tensor]] = []
+            for item in window:
+                if batch and (len(batch) + 1) * len(item[1]) > batch_tokens:
+                    yield batch
+                    batch = []
+                batch.append(item)
+            yield batch
+
+    @torch.no_grad()
+    def _compress(self, passages: Sequence[Tensor]) -> list[Any]:
+        states = self.compressor.compress(passages)
+        return [pack(state.to("cpu"), self.codec) for state in states]
+
+    # ---- answering
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        gist_mode: GistMode = "auto",
+        cancel: threading.Event | None = None,
+        tools: Sequence[Any] | None = None,
+    ) -> Answer:
+        """Answer one prompt."""
+        *_, last = self.stream(prompt, sampling, gist_mode=gist_mode, cancel=cancel, tools=tools)
+        assert last.answer is not None
+        return last.answer
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        gist_mode: GistMode = "auto",
+        cancel: threading.Event | None = None,
+        tools: Sequence[Any] | None = None,
+    ) -> Iterator[Chunk]:
+        """Answer one prompt piece by piece. Closing the iterator stops the generation."""
+        sampling = sampling or Sampling()
+        steps = self._run([prompt], [sampling], gist_mode, cancel, tools)
+        while True:
+            try:
+                pieces = next(steps)
+            except StopIteration as end:
+                rest, answer = end.value[0]
+                yield Chunk(rest, answer)
+                return
+            if pieces[0]:
+                yield Chunk(pieces[0])
+
+    def batch(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        gist_mode: GistMode = "auto",
+        cancel: threading.Event | None = None,
+    ) -> list[Answer]:
+        """Answer several prompts, with different passages, in one pass per token."""
+        if not prompts:
+            return []
+        if sampling is None or isinstance(sampling, Sampling):
+            sampling = [sampling or Sampling()] * len(prompts)
+        steps = self._run(prompts, sampling, gist_mode, cancel, None)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return [answer for _, answer in end.value]
+
+    def _run(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sequence[Sampling],
+        gist_mode: GistMode,
+        cancel: threading.Event | None,
+        tools: Sequence[Any] | None,
+    ) -> Generator[list[str], None, list[tuple[str, Answer]]]:
+        """The query path. Yields new text per prompt and step; returns rest and answer of each."""
+        self.check_model()
+        clock = _Clock()
+        segments = [self.segments(prompt, gist_mode, tools) for prompt in prompts]
+        clock.lap("match_ms")
+        segments, fetched = self._fetch(segments, gist_mode)
+        clock.lap("fetch_ms")
+        plans = [self._plan(s, fetched.states) for s in segments]
+        prefixes = [self._prefix(plan.prefix) for plan in plans]
+        slots = compose([plan.placed for plan in plans], self.backbone)
+        context = Context(prefixes, slots)
+        clock.lap("compose_ms")
+        texts = [plan.text for plan in plans]
+        steps = self.backbone.decode(context, texts, sampling)
+        rows = [_Row(self._decode_tokens, s) for s in sampling]
+        stopped: set[int] | None = None
+        while not (cancel is not None and cancel.is_set()):
+            try:
+                tokens = steps.send(stopped)
+            except StopIteration:
+                break
+            clock.lap("read_ms", "first_token_ms")
+            yield [
+                row.push(token, self.backbone.stop_ids)
+                for row, token in zip(rows, tokens, strict=True)
+            ]
+            stopped = {i for i, row in enumerate(rows) if row.ended}
+        steps.close()
+        clock.lap("total_ms")
+        return [
+            row.finish(fetched.stats(i, plan, clock.times), plan.passages)
+            for i, (row, plan) in enumerate(zip(rows, plans, strict=True))
+        ]
+
+    # ---- the steps of the query path
+
+    def segments(
+        self, prompt: Prompt, gist_mode: GistMode = "auto", tools: Sequence[Any] | None = None
+    ) -> list[Segment]:
+        """A prompt split into text and known passages; one text when gists are off.
+
+        Raises:
+            BadInput: an empty prompt, or a role that the chat template refuses.
+        """
+        if gist_mode not in ("auto", "off", "require"):
+            raise BadInput(f"gist_mode is {gist_mode!r}; it must be auto, off or require")
+        if not prompt:
+            raise BadInput("the prompt is empty")
+        find = (lambda text: []) if gist_mode == "off" else self.matcher.find
+        if isinstance(prompt, str):
+            return _split_text(prompt, find(prompt))
+        if isinstance(prompt[0], Text | Known):
+            return list(prompt)  # type: ignore[arg-type]
+        messages: list[Message] = list(prompt)  # type: ignore[arg-type]
+        render = lambda m: self.backbone.render(m, tools)
+        return split_messages(messages, find, render)
+
+    @property
+    def matcher(self) -> PassageMatcher:
+        """Index of all passages that have a gist here; follows the store."""
+        if self.store.generation != self._generation:
+            with self._lock:
+                self._generation = self.store.generation
+                current = set(self.store.contents(self.space))
+                for content in self._known - current:
+                    self._matcher.discard(content)
+                for content in current - self._known:
+                    if passage := self.store.passage(content):
+                        self._matcher.add(passage.text)
+                self._known = current
+        return self._matcher
+
+    def _fetch(
+        self, prompts: Sequence[Sequence[Segment]], gist_mode: GistMode
+    ) -> tuple[list[list[Segment]], _Fetched]:
+        """Load the gists of all prompts; passages without one become text."""
+        wanted = {s.content for prompt in prompts for s in prompt if isinstance(s, Known)}
+        packed = {}
+        if gist_mode != "off":
+            keys = [GistKey(self.space, content) for content in sorted(wanted)]
+            found = zip(keys, self.store.fetch(keys), strict=True)
+            packed = {key.content: state for key, state in found if state is not None}
+            packed |= self._heal(wanted - packed.keys())
+        if gist_mode == "require":
+            for prompt in prompts:
+                if not any(isinstance(s, Known) and s.content in packed for s in prompt):
+                    raise GistsRequired(
+                        "gist_mode='require', but no passage of the prompt has a gist in this store"
+                    )
+        states = {
+            content: unpack(state, device=str(self.backbone.device), dtype=self.backbone.dtype)
+            for content, state in packed.items()
+        }
+        sizes = {content: state.num_bytes for content, state in packed.items()}
+        texts = [
+            merge(
+                s if isinstance(s, Text) or s.content in states else Text(s.text) for s in prompt
+            )
+            for prompt in prompts
+        ]
+        missed = [
+            sum(isinstance(s, Known) and s.content not in states for s in prompt)
+            for prompt in prompts
+        ]
+        return texts, _Fetched(states, sizes, missed)
+
+    def _heal(self, contents: set[str]) -> dict[str, Any]:
+        """Compress again what the store holds but cannot read; on failure it stays a miss."""
+        broken = [c for c in contents if GistKey(self.space, c) in self.store.corrupt]
+        passages = [p for c in broken if (p := self.store.passage(c)) is not None]
+        if not passages:
+            return {}
+        try:
+            self.precompute(passages, rewrite=True)
+        except (StoreLocked, StoreWriteError) as error:
+            logger.warning("a damaged gist stays unread until the store can be written: %s", error)
+            return {}
+        keys = [GistKey(self.space, p.content) for p in passages]
+        found = zip(keys, self.store.fetch(keys), strict=True)
+        return {key.content: state for key, state in found if state is not None}
+
+    def _plan(self, segments: Sequence[Segment], states: Mapping[str, GistState]) -> _Plan:
+        """Positions of everything in one prompt.
+
+        Leading text is the prefix. Passages with nothing but whitespace between them stand side by
+        side; that whitespace is left out. Other text is read in one pass at the end, each piece
+        seeing the passages before it.
+        """
+        segments = list(segments)
+        if isinstance(segments[-1], Known):  # the model must read something before it can answer
+            segments[-1] = Text(segments[-1].text)
+        first = next((i for i, s in enumerate(segments) if isinstance(s, Known)), 0)
+        prefix = self.backbone.tokenize("".join(s.text for s in segments[:first]))
+        position = len(prefix)
+        placed: list[Placed] = []
+        passages: list[Passage] = []
+        texts: list[Local] = []
+        for group, text in _side_by_side(segments[first:]):
+            side, position = place([states[k.content] for k in group], position, self.positions)
+            placed += side
+            passages += [self._passage(k) for k in group]
+            texts.append(Local.after(self.backbone.tokenize(text), position, len(placed)))
+            position += len(texts[-1].ids)
+        return _Plan(prefix, placed, passages, Local.join(texts))
+
+    def _passage(self, known: Known) -> Passage:
+        return self.store.passage(known.content) or Passage(known.text)
+
+    def _prefix(self, input_ids: Tensor) -> Prefix:
+        """Exact KV of a leading text, from memory when it was read before."""
+        key = tuple(input_ids.tolist())
+        with self._lock:
+            if (known := self._prefixes.get(key)) is not None:
+                self._prefixes.move_to_end(key)
+                return known
+        prefix = self.backbone.prefix(input_ids)
+        with self._lock:
+            self._prefixes[key] = prefix
+            if len(self._prefixes) > PREFIXES:
+                self._prefixes.popitem(last=False)
+        return prefix
+
+    def _decode_tokens(self, tokens: list[int]) -> str:
+        text: str = self.backbone.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    # ---- trust
+
+    @torch.no_grad()
+    def check_model(self) -> None:
+        """Correctness gate, once per engine: an uncompressed gist must read as its text does.
+
+        Raises:
+            GateFailed: the logits differ by more than ``GATE_BOUND`` of their range.
+        """
+        if self._checked:
+            return
+        ids = self.backbone.tokenize("Gists are read in place of the passage they were made of.")
+        question = self.backbone.tokenize("\n\nWhat are gists read in place of?")
+        [state] = Full(self.backbone).compress([ids])
+        placed, end = place([state], 0, self.positions)
+        context = Context([self.backbone.prefix(ids[:0])], compose([placed], self.backbone))
+        ours = self.backbone.read(context, [Local.after(question, end, 1)])
+        nothing = Context(context.prefixes, None)
+        whole = Local.after(torch.cat((ids, question)), 0, 0)
+        plain = self.backbone.read(nothing, [whole], num_logits=len(question))
+        error = float((ours - plain).abs().max() / (plain.max() - plain.min()))
+        bound = GATE_BOUND[self.backbone.dtype]
+        if not error <= bound:
+            raise GateFailed(
+                f"{self.backbone.name}: uncompressed gists differ from plain prefill by {error:.1e} of "
+                f"the logits' range (allowed: {bound:.0e}); this model cannot be read with gists"
+            )
+        self._checked = True
+
+    def close(self) -> None:
+        """Close the store; a store without a folder of its own is gone afterwards."""
+        self.store.close()
+        if self._scratch:
+            self._scratch.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One prompt, ready to be composed and read."""
+
+    prefix: Tensor
+    placed: list[Placed]
+    passages: list[Passage]
+    text: Local
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """Gists of a batch by content, their sizes in bytes, and misses per prompt."""
+
+    states: Mapping[str, GistState]
+    sizes: Mapping[str, int]
+    missed: Sequence[int]
+
+    def stats(self, prompt: int, plan: _Plan, times: Mapping[str, float]) -> Stats:
+        contents = [p.content for p in plan.passages]
+        return Stats(
+            hits=len(contents),
+            misses=self.missed[prompt],
+            gist_slots=sum(p.state.mean_slots for p in plan.placed),
+            source_tokens=sum(p.state.num_tokens for p in plan.placed),
+            text_tokens=len(plan.text.ids),
+            cached_tokens=len(plan.prefix),
+            num_bytes=sum(self.sizes[c] for c in contents),
+            **times,
+        )
+
+
+class _Row:
+    """One answer in the making."""
+
+    def __init__(self, decode: Callable[[list[int]], str], sampling: Sampling) -> None:
+        self._stream = TextStream(decode, sampling.stop)
+        self._max_tokens = sampling.max_tokens
+        self._count = 0
+        self.ended = False
+
+    def push(self, token: int | None, stop_ids: frozenset[int]) -> str:
+        if token is None or self.ended:
+            return ""
+        self._count += 1
+        if token in stop_ids:
+            self.ended = True
+            return ""
+        piece = self._stream.push(token)
+        self.ended = self._stream.stopped
+        return piece
+
+    def finish(self, stats: Stats, passages: Sequence[Passage]) -> tuple[str, Answer]:
+        rest = self._stream.finish()
+        if self.ended or self._stream.stopped:
+            reason = "stop"
+        elif self._count >= self._max_tokens:
+            reason = "length"
+        else:
+            reason = "cancelled"
+        return rest, Answer(self._stream.text, passages, reason, self._count, stats)
+
+
+class _Clock:
+    """Laps in milliseconds by name; a name is timed once, ``first_`` and ``total_`` from the start."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self.times: dict[str, float] = {}
+
+    def lap(self, *names: str) -> None:
+        now = time.perf_counter()
+        for name in names:
+            since = self._start if name.startswith(("first", "total")) else self._last
+            self.times.setdefault(name, (now - since) * 1e3)
+        self._last = now
+
+
+def _split_text(prompt: str, matches: Sequence[Any]) -> list[Segment]:
+    """A raw prompt split around its known passages."""
+    segments: list[Segment] = []
+    at = 0
+    for match in matches:
+        segments += [
+            Text(prompt[at : match.start]),
+            Known(match.content, prompt[match.start : match.end]),
+        ]
+        at = match.end
+    return merge([*segments, Text(prompt[at:])])
+
+
+def _side_by_side(segments: Sequence[Segment]) -> Iterator[tuple[list[Known], str]]:
+    """Groups of passages with nothing but whitespace between them, each with the text after it."""
+    group: list[Known] = []
+    for segment, following in zip(segments, [*segments[1:], None], strict=True):
+        if isinstance(segment, Known):
+            group.append(segment)
+        elif not (group and isinstance(following, Known) and not segment.text.strip()):
+            yield group, segment.text
+            group = []

@@ -1,0 +1,187 @@
+"""From messages to the segments of a prompt: text, and known passages.
+
+A chat template may trim, JSON-encode or repeat what stands in a message, so passages are found in
+the messages, before the template is rendered. Each is then put between two markers that hold a
+random nonce, and the markers are looked up in the rendered prompt. What stands between them is the
+passage as this template writes it. Whatever the template does, the segments joined are the prompt
+that it renders without us: where markers change more than themselves, all of it stays text. So does
+a passage that the template altered (say, redacted): its gist would tell what the prompt does not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol, TypeAlias
+
+from gist_rag.types import Message, normalise
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of the prompt to be read as text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Known:
+    """A known passage of the prompt.
+
+    Attributes:
+        content: the content key its gist is found by.
+        text: how the prompt writes it, to be read if there is no gist.
+    """
+
+    content: str
+    text: str
+
+
+Segment: TypeAlias = Text | Known
+Segments: TypeAlias = Sequence[Segment]
+
+
+class Found(Protocol):
+    """A passage with this content key stands at ``text[start:end]``."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def content(self) -> str: ...
+
+
+def split_messages(
+    messages: Sequence[Message],
+    find: Callable[[str], Sequence[Found]],
+    render: Callable[[list[Message]], str],
+    roles: Collection[str] = ("system", "user", "tool"),
+) -> list[Segment]:
+    """Render a conversation and split the prompt around its known passages.
+
+    Args:
+        find: known passages of a text, in order and without overlap.
+        render: the chat template. It is called twice if there are passages, and must return the
+            same prompt for the same messages.
+        roles: whose messages are searched.
+
+    Returns:
+        Segments that, joined, are exactly ``render(messages)``.
+    """
+    prompt = render(list(messages))
+    markers = _Markers()
+    marked = [message.copy() for message in messages]
+    for message in marked:
+        if message["role"] in roles:
+            message["content"] = markers.put(message["content"], find(message["content"]))
+    if not markers.passages:
+        return merge([Text(prompt)])
+    segments = merge(markers.split(render(marked)))
+    if render_plain(segments) != prompt:
+        _warn_unsplittable()
+        return merge([Text(prompt)])
+    return segments
+
+
+def merge(segments: Iterable[Segment]) -> list[Segment]:
+    """Join neighbouring texts and drop empty ones; the prompt stays the same."""
+    merged: list[Segment] = []
+    for segment in segments:
+        if not segment.text:
+            continue
+        if merged and isinstance(segment, Text) and isinstance(merged[-1], Text):
+            merged[-1] = Text(merged[-1].text + segment.text)
+        else:
+            merged.append(segment)
+    return merged
+
+
+def render_plain(segments: Iterable[Segment]) -> str:
+    """The prompt with every passage as text."""
+    return "".join(segment.text for segment in segments)
+
+
+RAG_SYSTEM = (
+    "Answer the question with the help of the documents. Give the answer only, in a few words."
+)
+RAG_DOCUMENTS = "Documents:\n\n{passages}\n\n"
+RAG_SEPARATOR = "\n\n"
+RAG_QUESTION = "Question: {question}\nShort answer:"
+
+
+def rag_messages(question: str, passages: Sequence[str], system: str = RAG_SYSTEM) -> list[Message]:
+    """The project's default RAG prompt; without passages it asks the question alone."""
+    documents = RAG_DOCUMENTS.format(passages=RAG_SEPARATOR.join(passages)) if passages else ""
+    return [
+        {"role": "system", "content": system},
+        {"role": "user", "content": documents + RAG_QUESTION.format(question=question)},
+    ]
+
+
+class _Markers:
+    """Marks passages with a nonce that no user can foresee, and finds them after rendering.
+
+    A marker is made of characters that neither JSON nor HTML encoding changes.
+    """
+
+    def __init__(self) -> None:
+        nonce = secrets.token_hex(16)
+        self.passages: list[Known] = []
+        self._open = f"[[gist-{nonce}-%d]]"
+        self._close = f"[[end-{nonce}]]"
+        self._pair = re.compile(rf"\[\[gist-{nonce}-(\d+)\]\](.*?)\[\[end-{nonce}\]\]", re.DOTALL)
+
+    def put(self, text: str, found: Iterable[Found]) -> str:
+        """The text with a pair of markers around each passage."""
+        pieces: list[str] = []
+        at = 0
+        for match in found:
+            passage = Known(match.content, text[match.start : match.end])
+            opening = self._open % len(self.passages)
+            pieces += text[at : match.start], opening, passage.text, self._close
+            self.passages.append(passage)
+            at = match.end
+        return "".join([*pieces, text[at:]])
+
+    def split(self, prompt: str) -> list[Segment]:
+        """The segments of a rendered prompt; unpaired or altered markers stay in its text."""
+        segments: list[Segment] = []
+        at = 0
+        for pair in self._pair.finditer(prompt):
+            passage, rendered = self.passages[int(pair[1])], pair[2]
+            segments.append(Text(prompt[at : pair.start()]))
+            segments.append(
+                Known(passage.content, rendered)
+                if _is_unaltered(rendered, passage.text)
+                else Text(rendered)
+            )
+            at = pair.end()
+        return [*segments, Text(prompt[at:])]
+
+
+def _is_unaltered(rendered: str, passage: str) -> bool:
+    """Whether a template changed a passage in whitespace or by JSON encoding only."""
+    if normalise(rendered) == normalise(passage):
+        return True
+    try:
+        decoded = json.loads(f'"{rendered}"')
+    except ValueError:
+        return False
+    return normalise(decoded) == normalise(passage)
+
+
+@cache
+def _warn_unsplittable() -> None:
+    """Cached, so that a server says it once and not with each request."""
+    logger.warning(
+        "the chat template alters its messages (cuts or upper-cases them, for example), "
+        "so known passages are read as text"
+    )

@@ -1,0 +1,370 @@
+"""GistState <> PackedState <> bytes: what a stored gist is made of.
+
+A codec says how keys and values are stored; log-mass, offsets and rows are stored alike by all.
+
+The bytes of one gist describe themselves (numbers are little-endian)::
+
+    0    magic      8 bytes  b"GISTRAG\\n"
+    8    format     uint32   a higher number than FORMAT is refused by name
+    12   length     uint32   of the header
+    16   total      uint64   length of the whole
+    24   header     JSON     codec, num_layers, span, num_tokens, text, tensors
+    64k  payloads            each begins, and the whole ends, at a multiple of 64 bytes
+
+``tensors`` maps a name to its dtype, shape and offset from the first payload. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gist_rag.errors import BadInput, CorruptEntry, FormatTooNew
+from gist_rag.types import GistState, PackedState
+
+FORMAT = 1
+MAGIC = b"GISTRAG\n"
+
+_PREFIX = struct.Struct("<8sIIQ")
+_ALIGNMENT = 64
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "int16": torch.int16,
+    "int32": torch.int32,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+# Far above any real key, and far enough below the largest bfloat16 that no rounding reaches inf.
+_LARGEST_KEY = 1e38
+_LARGEST_BIAS = 65504.0
+
+# A tensor's dtypes, and its shape in letters: M slots, D head size, R rows, E = R + 1 row edges.
+_Layout = Mapping[str, tuple[tuple[torch.dtype, ...], str]]
+_SHARED: _Layout = {
+    "bias": ((torch.float16,), "M"),
+    "offsets": ((torch.int16, torch.int32), "M"),
+    "rows": ((torch.int32,), "E"),
+}
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How keys and values are stored.
+
+    Attributes:
+        layout: names, dtypes and shapes of the tensors that hold them.
+        encode: float32 keys and values ``(M, D)`` and row lengths ``(R,)`` > tensors.
+        decode: tensors and row lengths ``(R,)`` > keys and values ``(M, D)``, in a float dtype.
+    """
+
+    layout: _Layout
+    encode: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+    decode: Callable[[Mapping[str, Tensor], Tensor], tuple[Tensor, Tensor]]
+
+
+def pack(state: GistState, codec: str) -> PackedState:
+    """Store a state on the CPU, in the number format of ``codec``.
+
+    What ``unpack`` gives back differs from the state by at most:
+
+    ======  ==============================================  ==================================
+    codec   keys                                            values
+    ======  ==============================================  ==================================
+    bf16    ``2**-8 * |x|``                                 ``2**-8 * |x|``
+    int8    ``1/253`` of the largest ``|x|`` of the same    ``1/253`` of the largest ``|x|``
+            row (layer and KV head) and channel             of the same slot
+    ======  ==============================================  ==================================
+
+    plus 1e-36 where float32 itself runs out of digits. The log-mass is stored in float16: at most
+    ``2**-11 * |x| + 2**-25``. Offsets and rows are exact.
+
+    Raises:
+        BadInput: the codec is unknown, a number is NaN, infinite or too large to store, or
+            ``rows`` does not divide the slots.
+    """
+    chosen = _codec(codec)
+    _check_rows(state)
+    _check_range("keys", state.keys, _LARGEST_KEY)
+    _check_range("values", state.values, _LARGEST_KEY)
+    _check_range("bias", state.bias, _LARGEST_BIAS)
+    with torch.no_grad():
+        tensors = chosen.encode(state.keys.float(), state.values.float(), state.lengths.long())
+    tensors["bias"] = state.bias.to(torch.float16)
+    tensors["offsets"] = _narrow(state.offsets)
+    tensors["rows"] = state.rows.to(torch.int32)
+    return PackedState(
+        codec=codec,
+        tensors={name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        num_layers=state.num_layers,
+        span=state.span,
+        num_tokens=state.num_tokens,
+        text=state.text,
+    )
+
+
+def unpack(
+    packed: PackedState,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> GistState:
+    """Read a packed state; keys and values come in ``dtype``, the log-mass in float32.
+
+    The tensors travel to ``device`` packed and grow there. Where nothing has to change they share
+    memory with ``packed``: read them, do not write into them.
+    """
+    tensors = {name: tensor.to(device) for name, tensor in packed.tensors.items()}
+    rows = tensors["rows"]
+    keys, values = _codec(packed.codec).decode(tensors, rows.diff().long())
+    return GistState(
+        keys=keys.to(dtype),
+        values=values.to(dtype),
+        bias=tensors["bias"].float(),
+        offsets=tensors["offsets"].to(torch.int32),
+        rows=rows,
+        num_layers=packed.num_layers,
+        span=packed.span,
+        num_tokens=packed.num_tokens,
+        text=packed.text,
+    )
+
+
+def to_bytes(packed: PackedState) -> bytes:
+    """The bytes of a packed state; equal states give equal bytes."""
+    specs: dict[str, dict[str, object]] = {}
+    payloads: list[bytes] = []
+    offset = 0
+    for name, tensor in sorted(packed.tensors.items()):
+        payload = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        specs[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "offset": offset,
+        }
+        payloads.append(_padded(payload))
+        offset += len(payloads[-1])
+    header = json.dumps(
+        {
+            "codec": packed.codec,
+            "num_layers": packed.num_layers,
+            "span": packed.span,
+            "num_tokens": packed.num_tokens,
+            "text": packed.text,
+            "tensors": specs,
+        }
+    ).encode()
+    total = _aligned(_PREFIX.size + len(header)) + offset
+    prefix = _PREFIX.pack(MAGIC, FORMAT, len(header), total)
+    return b"".join([_padded(prefix + header), *payloads])
+
+
+def from_bytes(buffer: bytes | bytearray | memoryview) -> PackedState:
+    """Read what ``to_bytes`` wrote; the tensors share the memory of a writable ``buffer``.
+
+    A read-only buffer is copied once, since PyTorch has no read-only tensors, and so is one whose
+    address does not suit the tensors' dtypes.
+
+    Raises:
+        CorruptEntry: the bytes are not a gist. Payloads are not judged: a checksum does that.
+        FormatTooNew: a newer gist-rag wrote them.
+    """
+    view = memoryview(buffer)
+    if len(view) < _PREFIX.size:
+        raise CorruptEntry(f"{len(view)} bytes are too few for a gist")
+    magic, number, length, total = _PREFIX.unpack_from(view)
+    if magic != MAGIC or number < 1:
+        raise CorruptEntry("these bytes do not begin like a gist")
+    if number > FORMAT:
+        raise FormatTooNew(
+            f"gist of format {number}, but this gist-rag reads formats up to {FORMAT}; "
+            "upgrade gist-rag"
+        )
+    start = _aligned(_PREFIX.size + length)
+    if total != len(view) or start > total:
+        raise CorruptEntry(f"{len(view)} bytes of a gist of {total}, with a header of {length}")
+    try:
+        header = json.loads(bytes(view[_PREFIX.size : _PREFIX.size + length]))
+    except (ValueError, RecursionError) as error:
+        raise CorruptEntry(f"the header of a gist is not JSON: {error}") from error
+    return _parse(header, _as_tensor(view)[start:])
+
+
+def num_slots(packed: PackedState) -> int:
+    """``M``: slots over all layers and heads."""
+    return len(packed.tensors["offsets"])
+
+
+def _encode_bf16(keys: Tensor, values: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    return {"keys": keys.to(torch.bfloat16), "values": values.to(torch.bfloat16)}
+
+
+def _decode_bf16(tensors: Mapping[str, Tensor], lengths: Tensor) -> tuple[Tensor, Tensor]:
+    return tensors["keys"], tensors["values"]
+
+
+def _encode_int8(keys: Tensor, values: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """A scale per row and channel for keys, whose channels differ; one per slot for values."""
+    row = torch.repeat_interleave(lengths)[:, None].expand_as(keys)
+    peaks = keys.new_zeros(len(lengths), keys.shape[1])
+    key_scales = _scales(peaks.scatter_reduce(0, row, keys.abs(), "amax"))  # (R, D)
+    value_scales = _scales(values.abs().amax(1))  # (M,)
+    return {
+        "keys": _quantise(keys, key_scales.repeat_interleave(lengths, 0)),
+        "key_scales": key_scales,
+        "values": _quantise(values, value_scales[:, None]),
+        "value_scales": value_scales,
+    }
+
+
+def _decode_int8(tensors: Mapping[str, Tensor], lengths: Tensor) -> tuple[Tensor, Tensor]:
+    key_scales = tensors["key_scales"].float().repeat_interleave(lengths, 0)  # (M, D)
+    value_scales = tensors["value_scales"].float()[:, None]
+    return tensors["keys"].float() * key_scales, tensors["values"].float() * value_scales
+
+
+def _scales(peaks: Tensor) -> Tensor:
+    """Steps of 1/127 of the peaks, in bfloat16 because float16 would lose tiny ones.
+
+    Rounding a step by 2**-8 clips the peak by less than half a step, so the bound of ``pack`` is
+    that of ordinary rounding.
+    """
+    return (peaks / 127).to(torch.bfloat16)
+
+
+def _quantise(x: Tensor, scales: Tensor) -> Tensor:
+    steps = scales.float()
+    return (x / torch.where(steps > 0, steps, 1.0)).round().clamp(-127, 127).to(torch.int8)
+
+
+CODECS: Mapping[str, Codec] = {
+    "bf16": Codec(
+        layout={
+            "keys": ((torch.bfloat16,), "MD"),
+            "values": ((torch.bfloat16,), "MD"),
+        },
+        encode=_encode_bf16,
+        decode=_decode_bf16,
+    ),
+    "int8": Codec(
+        layout={
+            "keys": ((torch.int8,), "MD"),
+            "key_scales": ((torch.bfloat16,), "RD"),
+            "values": ((torch.int8,), "MD"),
+            "value_scales": ((torch.bfloat16,), "M"),
+        },
+        encode=_encode_int8,
+        decode=_decode_int8,
+    ),
+}
+
+
+def _codec(name: str) -> Codec:
+    if name not in CODECS:
+        raise BadInput(f"codec {name!r} is unknown; choose one of {', '.join(CODECS)}")
+    return CODECS[name]
+
+
+def _check_rows(state: GistState) -> None:
+    if state.keys.dim() != 2 or state.keys.shape[1] == 0:
+        raise BadInput(f"keys of shape {tuple(state.keys.shape)}; they must be (M, D)")
+    if not _divides(state.rows, state.num_slots):
+        raise BadInput(
+            f"rows must rise from 0 to the number of slots, here {state.num_slots}; "
+            f"given {state.rows.tolist()}"
+        )
+
+
+def _check_range(name: str, tensor: Tensor, largest: float) -> None:
+    if not bool((tensor.detach().float().abs() <= largest).all()):  # NaN fails as well
+        raise BadInput(
+            f"{name} hold NaN, infinity or numbers beyond {largest:g}; such a state is not stored"
+        )
+
+
+def _divides(rows: Tensor, slots: int) -> bool:
+    """Whether row edges ``(R + 1,)`` cut ``slots`` slots into rows."""
+    if len(rows) == 0:
+        return False
+    return int(rows[0]) == 0 and int(rows[-1]) == slots and bool((rows.diff() >= 0).all())
+
+
+def _narrow(offsets: Tensor) -> Tensor:
+    """int16 where every offset fits, else int32."""
+    limit = torch.iinfo(torch.int16)
+    fits = bool(((offsets >= limit.min) & (offsets <= limit.max)).all())
+    return offsets.to(torch.int16 if fits else torch.int32)
+
+
+def _aligned(length: int) -> int:
+    return -(-length // _ALIGNMENT) * _ALIGNMENT
+
+
+def _padded(payload: bytes) -> bytes:
+    return payload.ljust(_aligned(len(payload)), b"\0")
+
+
+def _as_tensor(view: memoryview) -> Tensor:
+    """The bytes as a uint8 tensor, copied only where they cannot be shared."""
+    tensor = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
+    return tensor if tensor.data_ptr() % 8 == 0 else tensor.clone()
+
+
+def _parse(header: object, payload: Tensor) -> PackedState:
+    match header:
+        case {
+            "codec": str(codec),
+            "num_layers": int(num_layers),
+            "span": int(span),
+            "num_tokens": int(num_tokens),
+            "text": (str() | None) as text,
+            "tensors": dict(specs),
+        } if codec in CODECS and num_layers > 0:
+            tensors = {name: _read_tensor(spec, payload) for name, spec in specs.items()}
+            _check_layout(CODECS[codec], tensors, num_layers)
+            return PackedState(codec, tensors, num_layers, span, num_tokens, text)
+    raise CorruptEntry("the header of a gist lacks a field, or has one of another type")
+
+
+def _read_tensor(spec: object, payload: Tensor) -> Tensor:
+    match spec:
+        case {"dtype": str(name), "shape": [*shape], "offset": int(offset)} if (
+            name in _DTYPES and len(shape) <= 2 and all(_is_size(size) for size in shape)
+        ):
+            end = offset + math.prod(shape) * _DTYPES[name].itemsize
+            if offset >= 0 and offset % _ALIGNMENT == 0 and end <= len(payload):
+                return payload[offset:end].view(_DTYPES[name]).view(shape)
+    raise CorruptEntry("a gist's tensor does not lie within its bytes")
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, int) and 0 <= size < 2**31
+
+
+def _check_layout(codec: Codec, tensors: Mapping[str, Tensor], num_layers: int) -> None:
+    """Names, dtypes, shapes and rows as ``pack`` makes them, so that ``unpack`` cannot stumble."""
+    layout = {**codec.layout, **_SHARED}
+    sizes: dict[str, int] = {}
+    sound = tensors.keys() == layout.keys() and all(
+        tensors[name].dtype in dtypes
+        and tensors[name].dim() == len(letters)
+        and all(
+            sizes.setdefault(letter, size) == size
+            for letter, size in zip(letters, tensors[name].shape, strict=True)
+        )
+        for name, (dtypes, letters) in layout.items()
+    )
+    num_rows = sizes.get("E", 0) - 1
+    if not (
+        sound
+        and sizes.get("R", num_rows) == num_rows
+        and num_rows % num_layers == 0
+        and _divides(tensors["rows"], sizes["M"])
+    ):
+        raise CorruptEntry("a gist's tensors do not fit together")

@@ -1,0 +1,284 @@
+"""The nouns of gist-rag: passages, their keys, their compressed states, and answers.
+
+Alphabet of every docstring in the project: ``B`` batch, ``T`` passage tokens, ``P`` prompt tokens,
+``S`` slots of a layout (tokens and gists), ``N`` kept slots of one head, ``L`` layers, ``H`` KV
+heads, ``D`` head size, ``E`` hidden size, ``V`` vocabulary, ``M`` slots of a ragged state over all
+layers and heads. A compression ratio is tokens per slot ("8x"), never a fraction removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from gist_rag.errors import BadInput
+
+
+def normalise(text: str) -> str:
+    """Fold every run of whitespace to one space: the form in which a passage is recognised."""
+    return " ".join(text.split())
+
+
+def content_key(text: str) -> str:
+    """sha256 (hex) of the normalised text: two texts that differ in whitespace only are one passage."""
+    return hashlib.sha256(normalise(text).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text that retrieval returns. Its content is its identity; ``id`` only names its source."""
+
+    text: str
+    id: str = ""
+    metadata: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise BadInput(f"passage {self.id!r} has no text")
+
+    @cached_property
+    def content(self) -> str:
+        return content_key(self.text)
+
+
+@dataclass(frozen=True)
+class GistKey:
+    """Where a gist lives: ``space`` says who made it and how, ``content`` says of which text.
+
+    ``space`` is the fingerprint of backbone, tokenizer, chat template, compressor weights and
+    config, codec and tenant namespace; a gist of another space is never read.
+    """
+
+    space: str
+    content: str
+
+
+@dataclass(frozen=True)
+class GistState:
+    """One compressed passage, free of position, ragged over layers and heads.
+
+    Rows are (layer, KV head) pairs in layer-major order; slots of one row are contiguous.
+
+    Attributes:
+        keys: ``(M, D)`` keys *before* RoPE.
+        values: ``(M, D)``.
+        bias: ``(M,)`` log-mass added to the attention logit of a slot; zeros for plain slots.
+        offsets: ``(M,)`` int32, place of each slot inside the passage.
+        rows: ``(L * H + 1,)`` int32, where each row's slots begin and end.
+        num_layers: ``L``.
+        span: positions the passage takes in a prompt, from ``N`` (packed) to ``T`` (spread).
+        num_tokens: ``T``; the ratio is ``T * L * H / M``.
+        text: a verbalised gist, for models that can only be talked to.
+    """
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+    offsets: Tensor
+    rows: Tensor
+    num_layers: int
+    span: int
+    num_tokens: int
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        slots = len(self.keys)
+        shapes = {
+            "values": self.values.shape == self.keys.shape,
+            "bias": self.bias.shape == (slots,),
+            "offsets": self.offsets.shape == (slots,),
+            "rows": self.rows.dim() == 1 and (len(self.rows) - 1) % self.num_layers == 0,
+        }
+        wrong = [name for name, fits in shapes.items() if not fits]
+        if wrong:
+            raise BadInput(f"state of {slots} slots with ill-shaped {', '.join(wrong)}")
+
+    @classmethod
+    def uniform(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        offsets: Tensor,
+        *,
+        span: int,
+        num_tokens: int,
+        bias: Tensor | None = None,
+    ) -> GistState:
+        """A state whose heads all keep ``N`` slots.
+
+        Args:
+            keys: ``(L, H, N, D)`` before RoPE.
+            values: ``(L, H, N, D)``.
+            offsets: ``(N,)``.
+            bias: ``(L, H, N)`` or ``None`` for zeros.
+        """
+        layers, heads, slots, size = keys.shape
+        rows = torch.arange(layers * heads + 1, dtype=torch.int32, device=keys.device) * slots
+        flat_bias = keys.new_zeros(layers * heads * slots) if bias is None else bias.reshape(-1)
+        return cls(
+            keys=keys.reshape(-1, size),
+            values=values.reshape(-1, size),
+            bias=flat_bias.float(),
+            offsets=offsets.to(torch.int32).repeat(layers * heads),
+            rows=rows,
+            num_layers=layers,
+            span=span,
+            num_tokens=num_tokens,
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """``M``: slots over all layers and heads."""
+        return len(self.keys)
+
+    @property
+    def num_heads(self) -> int:
+        """``H``: KV heads of one layer."""
+        return (len(self.rows) - 1) // self.num_layers
+
+    @property
+    def mean_slots(self) -> float:
+        """Slots of an average head: what the passage costs in a KV cache."""
+        return self.num_slots / (len(self.rows) - 1)
+
+    @property
+    def ratio(self) -> float:
+        """Compression ratio ``T / mean_slots``."""
+        return self.num_tokens / max(self.mean_slots, 1e-9)
+
+    @property
+    def lengths(self) -> Tensor:
+        """``(L * H,)`` kept slots of each row."""
+        return self.rows.diff()
+
+    def row_of_slot(self) -> Tensor:
+        """``(M,)`` the row each slot belongs to."""
+        index = torch.arange(len(self.rows) - 1, device=self.rows.device)
+        return index.repeat_interleave(self.lengths.long())
+
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values ``(L, H, Nmax, D)`` and bias ``(L, H, Nmax)``, ``-inf`` on padding."""
+        row, lengths = self.row_of_slot(), self.lengths.long()
+        width = int(lengths.max()) if len(lengths) else 0
+        rank = torch.arange(self.num_slots, device=row.device) - self.rows.long()[row]
+        shape = (len(lengths), width)
+        keys = self.keys.new_zeros(*shape, self.keys.shape[-1])
+        values = torch.zeros_like(keys)
+        bias = self.bias.new_full(shape, -torch.inf)
+        keys[row, rank], values[row, rank], bias[row, rank] = self.keys, self.values, self.bias
+        heads = (self.num_layers, self.num_heads, width)
+        return keys.view(*heads, -1), values.view(*heads, -1), bias.view(heads)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> GistState:
+        """Move to a device; ``dtype`` applies to keys and values, bias stays float32."""
+        return replace(
+            self,
+            keys=self.keys.to(device, dtype),
+            values=self.values.to(device, dtype),
+            bias=self.bias.to(device, torch.float32),
+            offsets=self.offsets.to(device),
+            rows=self.rows.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class PackedState:
+    """A ``GistState`` as it is stored: keys and values perhaps quantised, on the CPU.
+
+    Attributes:
+        codec: name of the codec that packed it.
+        tensors: named tensors; which ones is the codec's business.
+        num_layers, span, num_tokens, text: as in ``GistState``.
+    """
+
+    codec: str
+    tensors: Mapping[str, Tensor]
+    num_layers: int
+    span: int
+    num_tokens: int
+    text: str | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Payload size in bytes."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as chat templates take it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one answer cost. Times in milliseconds, sizes in bytes.
+
+    ``hits`` counts passages read as gists, ``misses`` known passages read as text. ``ratio`` is
+    source tokens per slot over the passages that were read as gists. ``first_token_ms`` counts
+    from the call to the first new token: matching, fetching, composing and reading included.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    gist_slots: float = 0.0
+    source_tokens: int = 0
+    text_tokens: int = 0
+    cached_tokens: int = 0
+    num_bytes: int = 0
+    match_ms: float = 0.0
+    fetch_ms: float = 0.0
+    compose_ms: float = 0.0
+    read_ms: float = 0.0
+    first_token_ms: float = 0.0
+    total_ms: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        return self.source_tokens / self.gist_slots if self.gist_slots else 1.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated text and how it came about.
+
+    ``finish_reason`` is ``"stop"`` (end token or stop string), ``"length"`` or ``"cancelled"``.
+    ``passages`` are those read as gists, in prompt order.
+    """
+
+    text: str
+    passages: Sequence[Passage]
+    finish_reason: str
+    num_tokens: int
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. ``temperature`` 0 is greedy; ``seed`` makes sampling repeatable."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: Sequence[str] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise BadInput(f"max_tokens is {self.max_tokens}; it must be 1 or more")
+        if self.temperature < 0:
+            raise BadInput(f"temperature is {self.temperature}; it must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise BadInput(f"top_p is {self.top_p}; it must be in (0, 1]")
+        if self.top_k < 0:
+            raise BadInput(f"top_k is {self.top_k}; it must be 0 or more")
+        if isinstance(self.stop, str) or any(not s for s in self.stop):
+            raise BadInput("stop must be a list of non-empty strings")

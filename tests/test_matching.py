@@ -1,0 +1,374 @@
+import html
+import json
+import random
+import sys
+import textwrap
+import threading
+import time
+import unicodedata
+from itertools import pairwise
+
+import pytest
+from gist_rag.errors import BadInput
+from gist_rag.matching import PassageMatcher
+from gist_rag.types import content_key, normalise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+PASSAGES = [
+    'The Loch Ness monster was first described as a "monster" on 2 May 1933.\n\nAlex Campbell\'s '
+    "report in the Inverness Courier spoke of an enormous animal rolling in the water.",
+    "Crème brûlée — also known as burnt cream 🍮 — is a dessert consisting of a rich custard.\n"
+    "\tIt is topped with a layer of hardened caramelised sugar & served <slightly> chilled.",
+    "C:\\Windows\\System32 holds the system's 64-bit libraries, whereas 32-bit ones are kept "
+    "elsewhere.\u00a0Its name has not changed since Windows NT 3.1 came out in 1993.",
+]
+SHORT = "The capital of France is Paris."
+LONG = "Photosynthesis converts light energy into chemical energy that is stored in sugars"
+CJK = (
+    "東京は日本の首都であり、世界でも有数の大都市である。関東平野の南部に位置し、"
+    "人口はおよそ千四百万人で、政治と経済の中心となっている。"
+)
+
+
+def matcher_of(*passages: str) -> PassageMatcher:
+    matcher = PassageMatcher()
+    for passage in passages:
+        assert matcher.add(passage) == content_key(passage)
+    return matcher
+
+
+def found(matcher: PassageMatcher, text: str) -> list[str]:
+    return [match.content for match in matcher.find(text)]
+
+
+def spans(matcher: PassageMatcher, text: str) -> list[str]:
+    return [text[match.start : match.end] for match in matcher.find(text)]
+
+
+# How chains write passages into prompts.
+
+KEPT = {
+    "identical": lambda p: p,
+    "newlines to spaces": lambda p: p.replace("\n", " "),
+    "collapsed and stripped": lambda p: " ".join(p.split()),
+    "crlf": lambda p: p.replace("\n", "\r\n"),
+    "xml tags": lambda p: f"<document><content>{p}</content></document>",
+    "numbered": lambda p: f"[1] {p}",
+    "quoted": lambda p: f'"{p}"',
+    "typographic quotes": lambda p: f"„{p}“",
+    "emphasis": lambda p: f"_{p}_",
+    "indented": lambda p: textwrap.indent(p, "    "),
+    "filled": lambda p: textwrap.fill(p, 60, break_long_words=False, break_on_hyphens=False),
+    "json": json.dumps,
+    "json, not ascii": lambda p: json.dumps(p, ensure_ascii=False),
+    "json with slashes": lambda p: json.dumps(p).replace("/", "\\/"),
+    "json list": lambda p: json.dumps([{"text": p, "score": 0.5}]),
+    "repr": repr,
+    "ascii": ascii,
+    "str of a list": lambda p: str([p]),
+}
+CHANGED = {
+    "truncated": lambda p: p[:120],
+    "lower case": str.lower,
+    "html escaped": html.escape,
+    "markdown quote": lambda p: textwrap.indent(textwrap.fill(p, 60), "> "),
+    "one character edited": lambda p: p.replace("3", "4", 1) if "3" in p else p.replace("z", "s"),
+    "one character missing": lambda p: p[:70] + p[71:],
+}
+
+
+@pytest.mark.parametrize("write", KEPT.values(), ids=KEPT)
+def test_passages_are_found_however_the_chain_writes_them(write):
+    prompt = "Context:\n" + "\n\n".join(map(write, PASSAGES)) + "\nQuestion: who reported it?"
+    assert found(matcher_of(*PASSAGES), prompt) == [content_key(p) for p in PASSAGES]
+
+
+@pytest.mark.parametrize("write", CHANGED.values(), ids=CHANGED)
+def test_changed_passages_stay_text(write):
+    passages = [p for p in PASSAGES if write(p) != p]
+    assert passages
+    assert found(matcher_of(*PASSAGES), "\n\n".join(map(write, passages))) == []
+
+
+def test_a_passage_in_another_unicode_normal_form_stays_text():
+    decomposed = unicodedata.normalize("NFD", PASSAGES[1])
+    assert found(matcher_of(PASSAGES[1]), decomposed) == []
+
+
+# Where a match begins and ends.
+
+
+def test_a_match_covers_the_passage_and_nothing_else():
+    text = f'<d id="1"> {PASSAGES[0]}\n</d>'
+    assert spans(matcher_of(PASSAGES[0]), text) == [PASSAGES[0]]
+
+
+def test_a_match_in_json_covers_the_escapes():
+    text = json.dumps({"a": "\n", "passage": PASSAGES[1]})
+    (span,) = spans(matcher_of(PASSAGES[1]), text)
+    assert json.loads(f'"{span}"') == PASSAGES[1]
+    assert "\\ud83c\\udf6e" in span
+
+
+def test_a_match_takes_leading_and_trailing_punctuation():
+    passage = f'«"{LONG}"»...'
+    assert spans(matcher_of(passage), f"See {passage} there.") == [passage]
+
+
+def test_an_escaped_quote_at_the_edge_belongs_to_the_match():
+    text = json.dumps(f'"{LONG}"')
+    assert spans(matcher_of(f'"{LONG}"'), text) == [f'\\"{LONG}\\"']
+
+
+@pytest.mark.parametrize("before", ["\n", "\t", "\r\n", '"', "/", "é\n"])
+def test_an_escape_before_a_passage_does_not_hide_it(before):
+    assert spans(matcher_of(LONG), json.dumps(before + LONG)) == [LONG]
+
+
+def test_the_letter_of_an_escape_is_not_the_beginning_of_a_passage():
+    passage = "nice " + LONG
+    assert found(matcher_of(passage), json.dumps("\nice " + LONG)) == []
+
+
+@pytest.mark.parametrize(
+    "glued", ["x{}", "1{}", "e\u0301{}", "{}s", "{}9", "{}\u0301", "{}\\u0301", "{}\u200d"]
+)
+def test_a_passage_glued_to_a_letter_or_accent_stays_text(glued):
+    assert found(matcher_of(LONG), glued.format(LONG)) == []
+
+
+def test_lone_surrogates_in_a_prompt_do_no_harm():
+    text = "\ud800 " + LONG + " \udfff"
+    assert spans(matcher_of(LONG), text) == [LONG]
+    assert found(matcher_of(LONG), LONG[:40] + "\ud800" + LONG[41:]) == []
+    assert spans(matcher_of(LONG), f"\\ud800 \\U0000d800 {LONG}") == [LONG]
+
+
+@pytest.mark.parametrize("before", ["文書：", "次の文書を読む", "Document", ""])
+@pytest.mark.parametrize("write", [str, json.dumps], ids=["text", "json"])
+def test_scripts_without_spaces_are_found_inside_a_run_of_letters(before, write):
+    text = write(before + CJK + "質問")
+    (span,) = spans(matcher_of(CJK), text)
+    assert json.loads(f'"{span}"') == CJK
+
+
+def test_a_latin_passage_is_found_right_after_a_script_without_spaces():
+    assert spans(matcher_of(LONG), "文書" + LONG + "質問") == [LONG]
+
+
+# Several passages.
+
+
+def test_a_passage_that_stands_twice_is_found_twice():
+    assert spans(matcher_of(LONG), f"{LONG}\n\n{LONG}") == [LONG, LONG]
+
+
+def test_the_longest_of_two_passages_with_one_beginning_wins():
+    longer = LONG + ", and it releases oxygen."
+    matcher = matcher_of(LONG, longer)
+    assert spans(matcher, longer) == [longer]
+    assert spans(matcher, f"{LONG}, and more.") == [LONG]
+
+
+def test_the_longest_wins_in_json_too():
+    longer = LONG + '\nor "food".'
+    assert found(matcher_of(LONG, longer), json.dumps(longer)) == [content_key(longer)]
+
+
+def test_the_leftmost_of_two_overlapping_passages_wins():
+    words = [f"word{i}" for i in range(30)]
+    left, right = " ".join(words[:20]), " ".join(words[10:])
+    assert spans(matcher_of(left, right), " ".join(words)) == [left]
+
+
+def test_a_lead_does_not_reach_into_the_match_before():
+    first, second = LONG + "!!!", "!!!" + LONG
+    assert spans(matcher_of(first, second), LONG + "!!!" + LONG) == [first]
+
+
+def test_passages_with_a_shared_head_are_told_apart():
+    head = "Copyright 2026 The Example Authors. Licensed under the terms of "
+    passages = [f"{head}licence {'x' * i} of file {i}." for i in range(50)]
+    assert spans(matcher_of(*passages), "\n".join(passages)) == passages
+
+
+# What is indexed.
+
+
+def test_short_passages_are_not_indexed():
+    matcher = PassageMatcher()
+    assert matcher.add(SHORT) is None
+    assert matcher.add("-" * 40 + SHORT) is None
+    assert matcher.add("-=" * 100) is None
+    assert len(matcher) == 0
+    assert found(matcher, SHORT) == []
+
+
+def test_min_chars_below_the_window_is_refused():
+    with pytest.raises(BadInput, match="32 or more"):
+        PassageMatcher(min_chars=10)
+
+
+def test_adding_twice_counts_once():
+    matcher = matcher_of(LONG, LONG.replace(" ", "\n"))
+    assert len(matcher) == 1
+    assert content_key(LONG) in matcher
+
+
+def test_a_discarded_passage_is_no_longer_found():
+    twin = LONG[:-6] + "starch"
+    matcher = matcher_of(LONG, twin)
+    matcher.discard(content_key(LONG))
+    matcher.discard(content_key(LONG))
+    assert spans(matcher, f"{LONG}\n{twin}") == [twin]
+    matcher.discard(content_key(twin))
+    assert len(matcher) == 0
+    assert found(matcher, twin) == []
+
+
+@pytest.mark.parametrize(
+    ("passage", "prompt", "reason"),
+    [
+        (SHORT, SHORT, "too short (31 < 48 characters)"),
+        (CJK, CJK, "not indexed"),
+        (LONG, "What is light?", "does not occur"),
+        (LONG, f"> {LONG}", "found at characters 2 to 84"),
+        (LONG, f"{LONG}9", "occurs, but joined to a letter"),
+        (
+            LONG,
+            f"1. {LONG[:50]}",
+            "differs at character 50: expected ' energy that is stor', found ''",
+        ),
+        (
+            LONG,
+            json.dumps("\n" + LONG.replace("light", "LIGHT")),
+            "character 24: expected 'light energy into ch', found 'LIGHT energy into ch'",
+        ),
+    ],
+    ids=["short", "unknown", "absent", "found", "glued", "truncated", "edited"],
+)
+def test_why_not_names_the_reason(passage, prompt, reason):
+    assert reason in matcher_of(LONG).why_not(passage, prompt)
+
+
+def test_searching_is_safe_while_others_add_and_discard():
+    matcher = matcher_of(LONG)
+    twins = [f"{LONG} {i}" for i in range(300)]
+    done = threading.Event()
+
+    def write():
+        for _ in range(30):
+            for twin in twins:
+                matcher.add(twin)
+            for twin in twins:
+                matcher.discard(content_key(twin))
+        done.set()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    writer = threading.Thread(target=write)
+    try:
+        writer.start()
+        while not done.is_set():
+            assert spans(matcher, f"{LONG}.") == [LONG]
+    finally:
+        writer.join()
+        sys.setswitchinterval(interval)
+    assert len(matcher) == 1
+
+
+# Any passages in any text, against the definition.
+
+WORDS = st.sampled_from(["ab", "abc", "d", "é1", '"ab', "d,", "(d)"])
+PASSAGE = st.lists(WORDS, min_size=14, max_size=24).map(" ".join).filter(lambda p: len(p) >= 45)
+SEPARATOR = st.sampled_from(["", " ", "\n\n", " \t", "</d>\n<d>", "ab ", "\n- "])
+SPACE = st.sampled_from([" ", "\n", "  ", "\r\n\t", "\u00a0"])
+
+
+@st.composite
+def corpora(draw):
+    """Passages (prefixes and suffixes of each other among them) and a text that holds some."""
+    passages = draw(st.lists(PASSAGE, min_size=1, max_size=4))
+    passages += [p[: draw(st.integers(40, 60))] for p in passages[:2]]
+    passages += [p[draw(st.integers(0, 12)) :] for p in passages[:2]]
+    pieces = draw(st.lists(st.one_of(st.sampled_from(passages), PASSAGE), max_size=5))
+    text = "".join(draw(SEPARATOR) + piece for piece in pieces) + draw(SEPARATOR)
+    return passages, text
+
+
+def small_matcher_of(passages):
+    matcher = PassageMatcher(min_chars=32)
+    known = {normalise(p) for p in passages if matcher.add(p)}
+    return matcher, known
+
+
+def slow_find(known, text):
+    """The definition: at each place, from left to right, the longest passage that fits."""
+
+    def is_glued(at):
+        return 0 < at < len(text) and text[at - 1].isalnum() and text[at].isalnum()
+
+    result, at = [], 0
+    while at < len(text):
+        ends = [at + len(p) for p in known if text.startswith(p, at)]
+        ends = [end for end in ends if not is_glued(at) and not is_glued(end)]
+        if ends:
+            result.append(text[at : max(ends)])
+        at = max(ends, default=at + 1)
+    return result
+
+
+@settings(max_examples=150, deadline=None)
+@given(corpora())
+def test_find_agrees_with_its_definition(corpus):
+    passages, text = corpus
+    matcher, known = small_matcher_of(passages)
+    folded = normalise(text)
+    assert spans(matcher, folded) == slow_find(known, folded)
+
+
+@settings(max_examples=100, deadline=None)
+@given(corpora(), st.data())
+def test_every_span_reads_as_its_passage(corpus, data):
+    passages, text = corpus
+    matcher, _ = small_matcher_of(passages)
+    spaced = "".join(data.draw(SPACE) if char == " " else char for char in text)
+    matches = matcher.find(spaced)
+    assert [m.content for m in matches] == found(matcher, text)
+    assert all(content_key(spaced[m.start : m.end]) == m.content for m in matches)
+    assert all(a.end <= b.start for a, b in pairwise(matches))
+
+
+@settings(max_examples=100, deadline=None)
+@given(corpora(), st.booleans())
+def test_every_span_in_json_decodes_to_its_passage(corpus, ensure_ascii):
+    passages, text = corpus
+    matcher, _ = small_matcher_of(passages)
+    encoded = json.dumps(text, ensure_ascii=ensure_ascii)
+    for match in matcher.find(encoded):
+        decoded = json.loads(f'"{encoded[match.start : match.end]}"')
+        assert content_key(decoded) == match.content
+
+
+@pytest.mark.slow
+def test_speed_does_not_depend_on_how_many_passages_are_known():
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(20_000)]
+    passages = [" ".join(rng.choices(words, k=180)) for _ in range(20_000)]
+    started = time.perf_counter()
+    matcher = matcher_of(*passages)
+    add_us = (time.perf_counter() - started) / len(passages) * 1e6
+
+    def find_ms(write):
+        prompts = ["\n\n".join(map(write, rng.sample(passages, 5))) for _ in range(20)]
+        times = []
+        for prompt in prompts:
+            started = time.perf_counter()
+            assert len(matcher.find(prompt)) == 5
+            times.append((time.perf_counter() - started) * 1e3)
+        return sorted(times)[len(times) // 2]
+
+    plain_ms, json_ms = find_ms(str), find_ms(lambda p: json.dumps(f'"\n{p}'))
+    print(f"\nadd {add_us:.0f} us; find {plain_ms:.2f} ms, in JSON {json_ms:.2f} ms")
+    assert plain_ms < 10
