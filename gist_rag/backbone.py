@@ -15,7 +15,7 @@ import hashlib
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -365,17 +365,22 @@ class Backbone:
         texts: Sequence[Local],
         *,
         num_logits: int = 0,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Logits of texts read after a context; differentiable.
 
         Args:
             texts: one per prompt, left-padded to the longest.
             num_logits: rows wanted from the end; 0 for all.
+            mask: ``(B, 1, Q, P + Q)`` bool over prefix and text, where causal is not what is wanted.
 
         Returns:
             ``(B, Q or num_logits, V)``, right-aligned.
         """
-        return self._forward(self._start(context, texts), num_logits)
+        step = self._start(context, texts)
+        if mask is not None:
+            step = replace(step, visible=mask.to(self.device))
+        return self._forward(step, num_logits)
 
     def trace(self, context: Context, texts: Sequence[Local]) -> tuple[Tensor, Tensor]:
         """Residual stream of texts read after a context.
@@ -503,8 +508,8 @@ class Backbone:
 
 @dataclass(frozen=True)
 class _Step:
-    """Input of one forward pass: ``ids`` and ``positions`` ``(B, Q)``; ``visible`` ``(B, K)`` bool
-    over prefix and text, ``None`` when nothing is padded."""
+    """Input of one forward pass: ``ids`` and ``positions`` ``(B, Q)``; ``visible`` ``(B, K)``
+    or ``(B, 1, Q, K)`` bool over prefix and text, ``None`` for causal without padding."""
 
     ids: Tensor
     positions: Tensor

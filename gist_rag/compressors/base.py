@@ -108,16 +108,24 @@ class Compressor(nn.Module):
                     f"a passage of {len(ids)} tokens is longer than the {self.max_tokens} that "
                     f"{self.name} can take with {self.backbone.name}; split it first"
                 )
-        layouts = [self.layout(ids) for ids in passages]
-        hidden = self._encode(passages, layouts)
-        states = [
-            self.extract(hidden[:, row, : len(layout)], layout)
-            for row, layout in enumerate(layouts)
-        ]
+        return self.distil(self.encode(passages), passages)
+
+    @property
+    def reads_tokens_only(self) -> bool:
+        """Whether ``encode`` is a plain forward pass, the same for all methods that say so."""
+        return type(self).layout is Compressor.layout and self.embeddings() is None
+
+    def distil(self, hidden: Tensor, passages: Sequence[Tensor]) -> list[GistState]:
+        """States from the residual streams ``(L + 1, B, S, E)`` that ``encode`` gave."""
+        states = []
+        for row, ids in enumerate(passages):
+            layout = self.layout(ids)
+            states.append(self.extract(hidden[:, row, : len(layout)], layout))
         return self.finish(states, passages)
 
-    def _encode(self, passages: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
+    def encode(self, passages: Sequence[Tensor]) -> Tensor:
         """Residual streams ``(L + 1, B, S, E)`` of right-padded passages."""
+        layouts = [self.layout(ids) for ids in passages]
         size = max(len(layout) for layout in layouts)
         gists, causal = self.embeddings(), all(layout.is_causal for layout in layouts)
         ids = torch.zeros(len(passages), size, dtype=torch.long)

@@ -83,7 +83,7 @@ def pack(state: GistState, codec: str) -> PackedState:
             row (layer and KV head) and channel             of the same slot
     ======  ==============================================  ==================================
 
-    plus 1e-36 where float32 itself runs out of digits. The log-mass is stored in float16: at most
+    plus 1e-38 where float32 itself runs out of digits. The log-mass is stored in float16: at most
     ``2**-11 * |x| + 2**-25``. Offsets and rows are exact.
 
     Raises:
@@ -172,7 +172,8 @@ def from_bytes(buffer: bytes | bytearray | memoryview) -> PackedState:
     address does not suit the tensors' dtypes.
 
     Raises:
-        CorruptEntry: the bytes are not a gist. Payloads are not judged: a checksum does that.
+        CorruptEntry: the bytes are not a gist that ``unpack`` can read. Whether its numbers are
+            the right ones is for a checksum to say.
         FormatTooNew: a newer gist-rag wrote them.
     """
     view = memoryview(buffer)

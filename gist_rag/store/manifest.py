@@ -41,7 +41,7 @@ CREATE TABLE IF NOT EXISTS spaces (
     created REAL NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS shards (
-    shard INTEGER PRIMARY KEY ,
+    shard INTEGER PRIMARY KEY AUTOINCREMENT,
     length INTEGER NOT NULL
 );
 CREATE TABLE IF NOT EXISTS passages (
@@ -127,7 +127,6 @@ class Manifest:
             self._connection = _connect(path, _mode(path))
             # FULL: compaction deletes old shards right after the commit that leaves them.
             self._connection.execute("PRAGMA synchronous = FULL")
-            self._connection.execute("PRAGMA secure_delete = ON")
         number = self._meta("format")
         if number > FORMAT:
             self.close()

@@ -39,8 +39,8 @@ class Shards:
     def read(self, place: Place) -> memoryview:
         """The blob at a place, checked, in memory of its own.
 
-        It is read rather than mapped: a mapped file that is cut short, or whose disk fails, kills
-        the process at some later access (SIGBUS), where here it is an error that can be handled.
+        It is read rather than mapped. Mapped bytes may be fetched from the disk again long after
+        they were checked, and kill the process (SIGBUS) if the file was cut or the disk fails.
 
         Raises:
             CorruptEntry: the bytes are gone, cut short or changed.

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import pytest
 
 from gist_rag.store import GistStore
 from gist_rag.store.codec import to_bytes
+from gist_rag.store.manifest import Manifest
+from gist_rag.store.shards import Shards
 from gist_rag.types import GistKey, PackedState, Passage
 
 Items = list[tuple[Passage, PackedState]]
@@ -58,6 +62,31 @@ def test_threads_read_while_one_writes(tmp_path: Path, items: Items, memory_byte
             done.set()
         assert [reader.result() for reader in readers] == [len(items)] * 3
         assert store.corrupt == frozenset()
+
+
+def test_a_gist_that_moves_while_it_is_read_is_found(store: GistStore, items: Items) -> None:
+    passage, packed = items[0]
+    key = GistKey("s", passage.content)
+    store.put_many("s", [(passage, packed)])
+    shard = store.path / "shards" / "000001.gist"
+    blob = shard.read_bytes()
+    shard.unlink()
+    os.mkfifo(shard)  # opening it waits, as a slow disk would
+    manifest = Manifest(store.path / "manifest.sqlite")
+
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(store.get, key)
+        time.sleep(0.1)
+        (place,) = Shards(shard.parent, 10**6).append([blob], {}, 2)
+        manifest.move([(key, place)], [1])
+        shard.open("wb").close()
+
+        found = reading.result()
+    manifest.close()
+
+    assert found is not None
+    assert to_bytes(found) == blob
+    assert store.corrupt == frozenset()
 
 
 def test_processes_read_while_another_writes(tmp_path: Path, items: Items, fork) -> None:

@@ -115,6 +115,7 @@ def compact(path: Path) -> None:
         store.compact()
 
 
+@pytest.mark.slow
 def test_compaction_may_be_killed(tmp_path: Path, fork, batches) -> None:
     whole = tmp_path / "whole"
     write_all(whole, batches)
@@ -128,10 +129,10 @@ def test_compaction_may_be_killed(tmp_path: Path, fork, batches) -> None:
     calm_s = time.perf_counter() - begin
     kills = 0
 
-    for number in range(12):
+    for number in range(8):
         path = tmp_path / str(number)
         shutil.copytree(whole, path)
-        kills += kill_after(fork, calm_s * number / 12, partial(compact, path))
+        kills += kill_after(fork, calm_s * number / 8, partial(compact, path))
         with GistStore.open(path) as store:
             assert store.contents("s") == kept
             assert list(store.verify()) == []

@@ -501,6 +501,20 @@ class TestForgetting:
             assert all(equal(reader.get(key_of(p)), packed) for p, packed in kept)
         assert store.stats().dead_bytes == 0
 
+    def test_compaction_gives_the_disk_space_back(self, store: GistStore, make_item) -> None:
+        _, packed = make_item(1)
+        passages = [Passage(f"{number} is a long story. " * 200) for number in range(50)]
+        store.put_many("s", [(passage, packed) for passage in passages])
+        store.compact()
+        before = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
+        for passage in passages[1:]:
+            store.delete(passage.content)
+
+        store.compact()
+
+        after = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
+        assert after < before / 3
+
     def test_compaction_leaves_full_shards_alone(self, tmp_path: Path, make_item) -> None:
         items = [make_item(number) for number in range(12)]
         with GistStore.open(tmp_path, shard_bytes=10_000) as store:

@@ -1,0 +1,503 @@
+"""The ``gist-rag`` command: precompute | ask | demo | evaluate | bench | info | verify.
+
+What needs torch is imported inside the commands, so that ``--help`` comes at once. Results go to
+stdout, progress and messages to stderr. Exit codes: 2 for input that cannot be used, 1 for what
+failed or was found broken, 130 for an interrupted ``precompute``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gist_rag.errors import BadInput, GistRagError
+from gist_rag.models import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from gist_rag.store import GistStore
+
+PACKAGES = (
+    "gist-rag",
+    "torch",
+    "transformers",
+    "faiss-cpu",
+    "sentence-transformers",
+    "langchain-core",
+    "llama-index-core",
+    "triton",
+)
+
+app = typer.Typer(
+    help="Compress RAG passages once into small KV states, and answer from those.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+console = Console()
+messages = Console(stderr=True)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
+Model = Annotated[str, typer.Option(help="Alias, local folder or Hugging Face id.")]
+Method = Annotated[str, typer.Option(help="Name of a method, or folder of a trained compressor.")]
+Ratio = Annotated[float | None, typer.Option(help="Tokens per kept slot.")]
+Preset = Annotated[str | None, typer.Option(help="fast, balanced or best.")]
+RefineSteps = Annotated[int | None, typer.Option(help="Steps of self-distillation per passage.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+@app.callback()
+def _configure() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("gist_rag").setLevel(logging.INFO)
+
+
+@app.command()
+def precompute(
+    corpus: Annotated[Path, typer.Option(help="JSONL file of passages, or .jsonl.gz.")],
+    store: StoreFolder,
+    model: Model = DEFAULT_MODEL,
+    compressor: Method = "attention_matching",
+    ratio: Ratio = None,
+    preset: Preset = None,
+    refine_steps: RefineSteps = None,
+    codec: Annotated[str, typer.Option(help="bf16 or int8.")] = "bf16",
+    namespace: Annotated[str, typer.Option(help="Tenant whose gists these are.")] = "",
+    limit: Annotated[int | None, typer.Option(help="Take the first N passages.")] = None,
+    no_title: Annotated[bool, typer.Option("--no-title", help="Leave titles out.")] = False,
+    no_index: Annotated[bool, typer.Option("--no-index", help="Make no FAISS index.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a corpus into a store and index it. Run again, it goes on where it was stopped.
+
+    A line of the corpus is {"id": ..., "title": ..., "text": ...}; only the text is needed.
+    """
+    with _reported(as_json), _interruptible():
+        from gist_rag.engine import GistEngine
+        from gist_rag.rag import GistRAG
+        from gist_rag.retrieval import read_corpus
+
+        passages = read_corpus(corpus, with_title=not no_title, limit=limit)
+        with _loading(model):
+            engine = GistEngine.from_pretrained(
+                model,
+                store,
+                compressor=compressor,
+                settings=_given(ratio=ratio, preset=preset, refine_steps=refine_steps),
+                codec=codec,
+                namespace=namespace,
+            )
+        with engine, _bar("compressing", as_json) as progress:
+            fill = engine.precompute if no_index else GistRAG(engine).build
+            done = fill(passages, progress=progress)
+        text_bytes = sum(len(passage.text.encode()) for passage in passages)
+        report = {
+            "passages": done.passages,
+            "written": done.written,
+            "skipped": done.skipped,
+            "tokens": done.tokens,
+            "seconds": round(done.seconds, 2),
+            "tokens_per_second": round(done.tokens / done.seconds, 1),
+            "bytes_per_passage": round(done.num_bytes / done.written) if done.written else None,
+            "text_bytes_per_passage": round(text_bytes / done.passages),
+            "ratio": engine.compressor.config.ratio,
+            "indexed": not no_index,
+        }
+        _show(report, as_json, _precompute_lines)
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    store: StoreFolder,
+    k: Annotated[int, typer.Option("-k", help="Passages to retrieve.")] = 5,
+    full_text: Annotated[bool, typer.Option("--full-text", help="Read text, not gists.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
+    namespace: Annotated[
+        str | None, typer.Option(help="Whose gists, where a store has several namespaces.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a question from a store that precompute made."""
+    with _reported(as_json):
+        from gist_rag.rag import GistRAG
+        from gist_rag.types import Sampling
+
+        with _loading("the model of the store"):
+            rag = GistRAG.open(store, namespace=namespace)
+        with rag:
+            found = rag.search(question, k)
+            passages = [f.passage for f in found]
+            sampling = Sampling(max_tokens=max_tokens)
+            chunks = rag.stream(question, sampling=sampling, full_text=full_text, passages=passages)
+            for chunk in chunks:
+                if not as_json:
+                    typer.echo(chunk.text, nl=chunk.answer is not None)
+        answer = chunk.answer
+        assert answer is not None
+        report = {
+            "answer": answer.text,
+            "passages": [
+                {"id": f.passage.id, "content": f.passage.content, "score": round(f.score, 4)}
+                for f in found
+            ],
+            "stats": {
+                "gists": answer.stats.hits,
+                "texts": len(found) - answer.stats.hits,
+                "source_tokens": answer.stats.source_tokens,
+                "gist_slots": round(answer.stats.gist_slots, 1),
+                "gist_bytes": answer.stats.num_bytes,
+                "first_token_ms": round(answer.stats.first_token_ms, 1),
+                "total_ms": round(answer.stats.total_ms, 1),
+                "new_tokens": answer.num_tokens,
+            },
+        }
+        _show(report, as_json, _ask_lines)
+
+
+@app.command()
+def demo(
+    store: Annotated[
+        Path | None, typer.Option(help="Keep the gists here; default: a folder that goes away.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compress 60 passages about SQLite, then ask through LangChain and through LlamaIndex."""
+    with _reported(as_json):
+        from gist_rag.demo import open_demo, run
+
+        with _loading(DEFAULT_MODEL):
+            engine = open_demo(store)
+        with engine:
+            with _bar("compressing", as_json) as progress:
+                results = run(engine, progress=progress)
+                first = next(results)
+            ...
+
+
+@app.command()
+def evaluate(
+    task: Annotated[Path, typer.Option(help="JSONL file of questions, or .jsonl.gz.")],
+    out: Annotated[Path, typer.Option(help="Where the result goes, as JSON.")],
+    compressor: Method = "attention_matching",
+    ratio: Annotated[float, typer.Option(help="Tokens per kept slot.")] = 8.0,
+    passages: Annotated[int, typer.Option(help="Passages per question.")] = 1,
+    limit: Annotated[int, typer.Option(help="Questions.")] = 100,
+    seed: Annotated[int, typer.Option(help="Chooses the questions and their order.")] = 0,
+    model: Model = DEFAULT_MODEL,
+    arms: Annotated[str, typer.Option(help="Arms to compare, with commas between them.")] = "",
+    preset: Preset = None,
+    refine_steps: RefineSteps = None,
+    positions: Annotated[str, typer.Option(help="parallel or sequence.")] = "parallel",
+) -> None:
+    """Score a compressor on questions, beside full text and controls."""
+    with _reported(as_json=False):
+        from pydantic import ValidationError
+
+        from gist_rag.evaluate.runner import EvaluateConfig
+        from gist_rag.evaluate.runner import evaluate as run
+
+        if not out.parent.is_dir():
+            raise BadInput(f"there is no folder {out.parent} for the result; make it first")
+        options = {
+            "task": task,
+            "compressor": compressor,
+            "ratio": ratio,
+            "passages": passages,
+            "limit": limit,
+            "seed": seed,
+            "model": model,
+            "settings": _given(preset=preset, refine_steps=refine_steps),
+            "arms": tuple(filter(None, arms.split(","))),
+            "positions": positions,
+        }
+        try:
+            config = EvaluateConfig.model_validate(options)
+        except ValidationError as error:
+            raise BadInput(str(error)) from error
+        with _bar("asking", False) as progress:
+            result = run(config, lambda done, total, _: progress(done, total, 0))
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        console.print(_table([{"arm": arm, **row} for arm, row in result["arms"].items()]))
+
+
+@bench.command()
+def ttft(
+    passages: Annotated[str, typer.Option(help="Passages per prompt, as in 1,2,5.")] = "1,2,5,10",
+    model: Model = DEFAULT_MODEL,
+    ratio: Annotated[float, typer.Option(help="Tokens per kept slot.")] = 8.0,
+    repeats: Annotated[int, typer.Option(help="Timed prompts per row and arm.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Time to the first token, from text and from gists."""
+    with _reported(as_json):
+        from gist_rag.evaluate.ttft import bench_ttft
+
+        try:
+            counts = [int(count) for count in passages.split(",")]
+        except ValueError:
+            raise BadInput(f"--passages is {passages!r}; give numbers, as in 1,2,5") from None
+        with _loading(model) as say:
+            result = bench_ttft(counts, model=model, ratio=ratio, repeats=repeats, progress=say)
+        if as_json:
+            _print_json(result)
+        else:
+            console.print(_table(result["results"]))
+
+
+@app.command()
+def info(
+    store: Annotated[Path | None, typer.Option(help="Folder of a store.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What is installed, and what a store holds."""
+    with _reported(as_json):
+        import torch
+
+        report: dict[str, Any] = {
+            "versions": {"python": platform.python_version()} | _versions(PACKAGES),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "torch_threads": torch.get_num_threads(),
+            "kernels": "reference",
+        }
+        if store is not None:
+            with _existing(store) as opened:
+                report["store"] = _describe(opened)
+        _show(report, as_json, _info_lines)
+
+
+@app.command()
+def verify(store: StoreFolder, as_json: Json = False) -> None:
+    """Check the checksum of every gist, and every index against the gists."""
+    with _reported(as_json):
+        with _existing(store) as opened:
+            broken = [
+                {
+                    "space": key.space,
+                    "content": key.content,
+                    "id": passage.id if (passage := opened.passage(key.content)) else "",
+                    "error": error,
+                }
+                for key, error in opened.verify()
+            ]
+            indexes = {space: _index_state(opened, space) for space in opened.spaces()}
+            entries = opened.stats().entries
+        sound = not broken and set(indexes.values()) <= {"ok", "none"}
+        report = {"sound": sound, "entries": entries, "broken": broken, "indexes": indexes}
+        _show(report, as_json, _verify_lines)
+    raise typer.Exit(0 if sound else 1)
+
+
+# ---- what commands share
+
+
+@contextmanager
+def _reported(as_json: bool) -> Iterator[None]:
+    """Our own errors as one message and an exit code."""
+    try:
+        yield
+    except GistRagError as error:
+        if as_json:
+            _print_json({"error": {"type": type(error).__name__, "message": str(error)}})
+        else:
+            _say(f"error: {error}", style="red")
+        raise typer.Exit(2 if isinstance(error, BadInput) else 1) from None
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("interrupted; what was committed stays; run again to go on")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _loading(what: str) -> Iterator[Callable[[str], None]]:
+    """A sign of life, which may be told what is going on, in place of transformers' own bars."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    with messages.status(f"loading {what}") as status:
+        yield status.update
+
+
+@contextmanager
+def _bar(verb: str, hidden: bool) -> Iterator[Callable[[int, int, int], None]]:
+    """A progress bar for a callback with passages done, passages in all and tokens done."""
+    bar = Progress(
+        TextColumn(verb),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        console=messages,
+        disable=hidden,
+    )
+    with bar:
+        task, started = bar.add_task(verb, total=None, speed=""), time.perf_counter()
+
+        def update(done: int, total: int, tokens: int) -> None:
+            seconds = time.perf_counter() - started
+            speed = f"{done / seconds:.1f} passages/s, {tokens / seconds:.0f} tokens/s"
+            bar.update(task, completed=done, total=total, speed=speed)
+
+        yield update
+
+
+def _given(**options: object) -> dict[str, object]:
+    """The options that were given; the others are left to their owner's default."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _existing(folder: Path) -> GistStore:
+    """A store to look into."""
+    from gist_rag.store import GistStore
+
+    return GistStore.open(folder, create=False, read_only=True)
+
+
+def _index_state(store: GistStore, space: str) -> str:
+    """``ok``, ``none``, or what is wrong with the index of a space."""
+    from gist_rag.rag import check_index, index_folder
+    from gist_rag.retrieval import VectorIndex
+
+    folder = index_folder(store, space)
+    if not folder.exists():
+        return "none"
+    try:
+        check_index(VectorIndex.load(folder), store, space)
+    except GistRagError as error:
+        return str(error)
+    return "ok"
+
+
+def _describe(store: GistStore) -> dict[str, Any]:
+    stats = store.stats()
+    shown = ("model", "compressor", "ratio", "codec", "namespace")
+    return {
+        "folder": str(store.path),
+        "entries": stats.entries,
+        "bytes": stats.live_bytes,
+        "bytes_per_passage": round(stats.live_bytes / max(stats.entries, 1)),
+        "dead_bytes": stats.dead_bytes,
+        "spaces": [
+            {
+                "space": space[:16],
+                **{name: description.get(name) for name in shown},
+                "entries": len(store.contents(space)),
+                "index": _index_state(store, space),
+            }
+            for space, description in store.spaces().items()
+        ],
+    }
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+# ---- output
+
+
+def _show(
+    report: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], Iterator[str]]
+) -> None:
+    """A report as JSON, or as the lines that a command makes of it."""
+    if as_json:
+        _print_json(report)
+    else:
+        for line in lines(report):
+            typer.echo(line)
+
+
+def _print_json(data: object) -> None:
+    typer.echo(json.dumps(data, indent=2))
+
+
+def _say(text: str, style: str = "") -> None:
+    messages.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(*(rows[0] if rows else ()))
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    return table
+
+
+def _precompute_lines(report: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"{report['passages']} passages: {report['written']} written, {report['skipped']} skipped"
+        + (" (their gists are there already)" if report["skipped"] else "")
+    )
+    if report["written"]:
+        yield (
+            f"{report['tokens']:,} tokens in {report['seconds']:.1f} s "
+            f"({report['tokens_per_second']:.0f} tokens/s) at {report['ratio']:g}x; per passage "
+            f"{report['bytes_per_passage']:,} bytes of gist for "
+            f"{report['text_bytes_per_passage']:,} bytes of text"
+        )
+
+
+def _ask_lines(report: dict[str, Any]) -> Iterator[str]:
+    stats = report["stats"]
+    line = f"{stats['gists']} passages read as gists, {stats['texts']} as text"
+    if stats["gists"]:
+        line += f"; {stats['source_tokens']} source tokens > {stats['gist_slots']:.0f} slots"
+    yield f"{line}; first token after {stats['first_token_ms']:.0f} ms"
+
+
+def _info_lines(report: dict[str, Any]) -> Iterator[str]:
+    yield ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    yield (
+        f"device {report['device']}, {report['torch_threads']} torch threads, "
+        f"kernels: {report['kernels']}"
+    )
+    if store := report.get("store"):
+        yield (
+            f"{store['folder']}: {store['entries']} gists, {store['bytes']:,} bytes "
+            f"({store['bytes_per_passage']:,} per passage), {store['dead_bytes']:,} bytes to compact"
+        )
+        for space in store["spaces"]:
+            yield "  " + ", ".join(
+                f"{name} {value}" for name, value in space.items() if value != ""
+            )
+
+
+def _verify_lines(report: dict[str, Any]) -> Iterator[str]:
+    for entry in report["broken"]:
+        yield f"broken: {entry['id'] or entry['content']}: {entry['error']}"
+    for space, state in report["indexes"].items():
+        yield f"index of space {space[:16]}: {state}"
+    yield f"{report['entries']} gists, {len(report['broken'])} broken"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""``evaluate``: the same questions through every arm, scored in three ways that must agree.
+
+Arms are ``closed`` (no passages), ``full`` (text), ``truncated`` (text cut to the same number of
+slots), ``reuse`` (uncompressed gists) and compressors, each ``name`` or ``name@ratio``.
+
+Scores are the gold answer's NLL per token, the share of questions whose gold answer is likelier per
+token than nine others (``choice``), and what a greedy answer contains.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from gist_rag.backbone import Backbone, Context, Local, Prefix
+from gist_rag.compose import Placed, Positions, compose, place
+from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
+from gist_rag.errors import BadInput
+from gist_rag.evaluate import metrics
+from gist_rag.evaluate.tasks import Example, load_task
+from gist_rag.models import DEFAULT_MODEL, load_model
+from gist_rag.prompt import rag_messages
+from gist_rag.types import GistState, Sampling
+
+TEXT_ARMS = ("closed", "full", "truncated")
+MARK = "\u241e"
+NEW_TOKENS = 20
+GROUP = 8
+"""Questions whose answers are generated together."""
+
+
+class EvaluateConfig(BaseModel):
+    """What to run; written into the result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: Path
+    compressor: str = DEFAULT_COMPRESSOR
+    ratio: float = Field(default=8.0, ge=1)
+    passages: int = Field(default=1, ge=1)
+    limit: int = Field(default=100, ge=1)
+    seed: int = 0
+    model: str = DEFAULT_MODEL
+    dtype: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    arms: tuple[str, ...] = ()
+    positions: Positions = "parallel"
+
+    @property
+    def all_arms(self) -> tuple[str, ...]:
+        """The arms asked for, with the two references that every number is set against."""
+        chosen = self.arms or ("truncated", "reuse", "strided", self.compressor)
+        return tuple(dict.fromkeys(("closed", "full", *chosen)))
+
+
+Progress = Callable[[int, int, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One question in one arm: everything before the answer, and what it costs."""
+
+    prefix: Prefix
+    placed: Sequence[Placed]
+    text: Local
+    kv_slots: float
+    source_tokens: int
+
+
+def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Run all arms.
+
+    Args:
+        progress: called after each group of questions with questions done, questions in all and
+            the figures so far.
+
+    Returns:
+        ``{"meta", "arms", "predictions"}`` as written by ``gist-rag evaluate``.
+
+    Raises:
+        BadInput: an unusable task or arm.
+    """
+    examples = load_task(
+        config.task, num_passages=config.passages, limit=config.limit, seed=config.seed
+    )
+    backbone = Backbone(*load_model(config.model, dtype=config.dtype), name=config.model)
+    arms = _Arms(backbone, config)
+    predictions: list[dict[str, Any]] = []
+    for first in range(0, len(examples), GROUP):
+        group = examples[first : first + GROUP]
+        with torch.no_grad():
+            readings = [arms.readings(example) for example in group]
+            for arm in config.all_arms:
+                predictions += _predict(backbone, arm, group, [r[arm] for r in readings])
+        if progress:
+            progress(first + len(group), len(examples), summarise(predictions))
+    return {"meta": _meta(config, backbone), "arms": summarise(predictions), "predictions": predictions}
+
+
+def summarise(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means and shares of the context's benefit per arm."""
+    arms: dict[str, dict[str, metrics.Scores]] = {}
+    for name in dict.fromkeys(p["arm"] for p in predictions):
+        rows = [p for p in predictions if p["arm"] == name]
+        arms[name] = {
+            field: np.array([row[field] for row in rows], dtype=np.float64)
+            for field in ("nll", "choice", "em", "contains", "f1", "kv_slots", "source_tokens")
+        }
+    out: dict[str, Any] = {}
+    for name, scores in arms.items():
+        keep = lambda field: metrics.kept(scores[field], arms["closed"][field], arms["full"][field])
+        low, high = metrics.bootstrap(scores["nll"], arms["closed"]["nll"], arms["full"]["nll"])
+        out[name] = {
+            "n": len(scores["nll"]),
+            **{field: round(float(values.mean()), 4) for field, values in scores.items()},
+            "m_norm": round(keep("nll"), 4),
+            "m_norm_low": round(low, 4),
+            "m_norm_high": round(high, 4),
+            "m_norm_choice": round(keep("choice"), 4),
+            "m_norm_f1": round(keep("f1"), 4),
+        }
+    return out
+
+
+class _Arms:
+    """Builds what each arm reads. Passages are encoded once for all compressors that can share."""
+
+    def __init__(self, backbone: Backbone, config: EvaluateConfig) -> None:
+        self.backbone = backbone
+        self.config = config
+        self.compressors = {
+            arm: self._compressor(arm) for arm in config.all_arms if _name(arm) not in TEXT_ARMS
+        }
+        self._prefixes: dict[str, Prefix] = {}
+
+    def _compressor(self, arm: str) -> Compressor:
+        name = _name(arm)
+        if name == "reuse":
+            return make_compressor("full", self.backbone)
+        own = self.config.settings if name == self.config.compressor else {}
+        settings = own if Path(name).is_dir() else {"ratio": _ratio(arm, self.config.ratio), **own}
+        return make_compressor(name, self.backbone, settings)
+
+    def readings(self, example: Example) -> dict[str, _Reading]:
+        """Per arm, what one question reads."""
+        ids = [self.backbone.tokenize(text) for text in example.passages]
+        source = sum(len(i) for i in ids)
+        states = self._states(ids)
+        out = {}
+        for arm in self.config.all_arms:
+            if arm in states:
+                out[arm] = self._gists(example.question, states[arm], source)
+            elif _name(arm) == "truncated":
+                cut = [round(len(i) / _ratio(arm, self.config.ratio)) for i in ids]
+                texts = [self._text(i[: max(1, n)]) for i, n in zip(ids, cut, strict=True)]
+                out[arm] = self._plain(example.question, texts, sum(cut), source)
+            elif arm == "full":
+                out[arm] = self._plain(example.question, example.passages, source, source)
+            else:
+                out[arm] = self._plain(example.question, (), 0, source)
+        return out
+
+    def _states(self, ids: Sequence[Tensor]) -> dict[str, list[GistState]]:
+        shared: Tensor | None = None
+        out = {}
+        for arm, compressor in self.compressors.items():
+            if not compressor.reads_tokens_only:
+                out[arm] = compressor.compress(ids)
+                continue
+            if shared is None:
+                shared = compressor.encode(ids)
+            out[arm] = compressor.distil(shared, ids)
+        return out
+
+    def _text(self, ids: Tensor) -> str:
+        text: str = self.backbone.tokenizer.decode(ids)
+        return text
+
+    def _plain(
+        self, question: str, texts: Sequence[str], slots: float, source: int
+    ) -> _Reading:
+        ids = self.backbone.tokenize(self.backbone.render(rag_messages(question, texts)))
+        prefix = self.backbone.prefix(ids[:-1])  # read once for scores and generation alike
+        return _Reading(prefix, (), Local.after(ids[-1:], len(prefix), 0), slots, source)
+
+    def _gists(self, question: str, states: Sequence[GistState], source: int) -> _Reading:
+        prompt = self.backbone.render(rag_messages(question, [MARK]))
+        before, after = prompt.split(MARK)
+        if before not in self._prefixes:
+            self._prefixes[before] = self.backbone.prefix(self.backbone.tokenize(before))
+        prefix = self._prefixes[before]
+        placed, end = place(states, len(prefix), self.config.positions)
+        text = Local.after(self.backbone.tokenize(after), end, len(states))
+        return _Reading(prefix, placed, text, sum(s.mean_slots for s in states), source)
+
+
+def _predict(
+    backbone: Backbone, arm: str, examples: Sequence[Example], readings: Sequence[_Reading]
+) -> list[dict[str, Any]]:
+    """Scores and greedy answers of a group of questions in one arm."""
+    slots = compose([r.placed for r in readings], backbone)
+    context = Context([r.prefix for r in readings], slots)
+    sampling = [Sampling(max_tokens=NEW_TOKENS)] * len(readings)
+    tokens: list[list[int]] = [[] for _ in readings]
+    for step in backbone.decode(context, [r.text for r in readings], sampling):
+        for row, token in zip(tokens, step, strict=True):
+            if token is not None:
+                row.append(token)
+    out = []
+    for example, reading, answer_ids in zip(examples, readings, tokens, strict=True):
+        answer = backbone.tokenizer.decode(answer_ids, skip_special_tokens=True)
+        losses = answer_losses(backbone, reading, (example.answers[0], *example.choices))
+        out.append(
+            {
+                "id": example.id,
+                "arm": arm,
+                "answer": answer,
+                "gold": example.answers[0],
+                "nll": losses[0],
+                "choice": float(losses[0] < min(losses[1:], default=float("inf"))),
+                "em": metrics.exact_match(answer, example.answers),
+                "contains": metrics.contains(answer, example.answers),
+                "f1": metrics.f1(answer, example.answers),
+                "kv_slots": reading.kv_slots,
+                "source_tokens": reading.source_tokens,
+            }
+        )
+    return out
+
+
+def answer_losses(backbone: Backbone, reading: _Reading, answers: Sequence[str]) -> list[float]:
+    """NLL per token of several answers, read in one pass as branches behind the same question.
+
+    A branch's tokens see the question and their own branch; its positions go on from the question.
+    """
+    ends = min(backbone.stop_ids)
+    branches = [torch.cat((backbone.tokenize(a), torch.tensor([ends]))) for a in answers]
+    question, fed = reading.text, [b[:-1] for b in branches]
+    start = int(question.positions[-1]) + 1
+    seen = len(reading.placed)
+    local = Local.join([question, *(Local.after(b, start, seen) for b in fed)])
+
+    width, size = len(reading.prefix), len(local.ids)
+    branch = torch.cat([torch.full((len(b),), i) for i, b in enumerate((question.ids, *fed))])
+    causal = torch.ones(size, size, dtype=torch.bool).tril()
+    visible = causal & ((branch[None] == 0) | (branch[:, None] == branch[None]))
+    mask = torch.cat((torch.ones(size, width, dtype=torch.bool), visible), dim=1)
+
+    context = Context([reading.prefix], compose([reading.placed], backbone))
+    logits = backbone.read(context, [local], mask=mask[None, None])[0].float().log_softmax(-1)
+    losses, at = [], len(question.ids)
+    for target in branches:
+        rows = torch.cat((torch.tensor([len(question.ids) - 1]), at + torch.arange(len(target) - 1)))
+        losses.append(float(-logits[rows, target.to(logits.device)].mean()))
+        at += len(target) - 1
+    return losses
+
+
+def _name(arm: str) -> str:
+    return arm.partition("@")[0]
+
+
+def _ratio(arm: str, default: float) -> float:
+    _, _, ratio = arm.partition("@")
+    try:
+        return float(ratio) if ratio else default
+    except ValueError as error:
+        raise BadInput(f"arm {arm!r}: {ratio!r} is no ratio") from error
+
+
+def _meta(config: EvaluateConfig, backbone: Backbone) -> dict[str, Any]:
+    return {
+        **json.loads(config.model_dump_json()),
+        "task": config.task.name,
+        "model_fingerprint": backbone.fingerprint,
+        "prompt": rag_messages("{question}", ["{passages}"]),
+        **environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions, commit and command, for result files."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+        ).stdout.strip()
+    except OSError:
+        commit = ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "gist-rag")},
+        "commit": commit,
+        "command": " ".join(["gist-rag", *sys.argv[1:]]),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

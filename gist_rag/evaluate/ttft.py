@@ -1,0 +1,115 @@
+"""``bench ttft``: time to the first token from text and from gists, in one interleaved run."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gist_rag.engine import GistEngine, GistMode
+from gist_rag.errors import BadInput
+from gist_rag.evaluate.runner import environment
+from gist_rag.models import DEFAULT_MODEL
+from gist_rag.prompt import rag_messages
+from gist_rag.store import GistStore
+from gist_rag.types import Answer, Passage, Sampling
+
+SAMPLE = Path(__file__).parents[1] / "data"
+
+
+def bench_ttft(
+    passages: Sequence[int] = (1, 2, 5, 10),
+    *,
+    model: str = DEFAULT_MODEL,
+    ratio: float = 8.0,
+    codec: str = "bf16",
+    dtype: str | None = None,
+    repeats: int = 5,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Medians over interleaved repeats, each with another question and other passages.
+
+    Gists lie on disk and are loaded for every prompt (the store's memory tier is off); the text
+    before the passages, the same in every prompt, is cached for gists as it is in use. ``miss`` is
+    a prompt whose passages have no gist: matching runs, everything is read as text.
+
+    Args:
+        passages: passages per prompt, each a row of the result.
+        repeats: timed prompts per row and arm, after one that warms up.
+
+    Raises:
+        BadInput: more passages than the sample has.
+    """
+    sample = _sample()
+    if not passages or max(passages) > len(sample) or min(passages) < 1 or repeats < 1:
+        raise BadInput(f"passages must be 1 to {len(sample)} and repeats 1 or more")
+    say = progress or (lambda _: None)
+    questions = [json.loads(line)["question"] for line in _lines("sqlite_questions.jsonl")]
+    with tempfile.TemporaryDirectory() as folder, GistStore.open(folder, memory_bytes=0) as store:
+        engine = GistEngine.from_pretrained(
+            model, store, settings={"ratio": ratio}, codec=codec, dtype=dtype
+        )
+        empty = GistEngine(engine.backbone, engine.compressor)
+        say(f"compressing {max(passages)} passages")
+        made = engine.precompute(sample[: max(passages)])
+        rows = []
+        for count in passages:
+            say(f"timing {count} passages")
+            runs: dict[str, list[Answer]] = {"text": [], "gist": [], "miss": []}
+            for repeat in range(-1, repeats):
+                texts = [sample[(repeat + i) % max(passages)].text for i in range(count)]
+                prompt = rag_messages(questions[repeat % len(questions)], texts)
+                once = lambda e, mode: e.generate(prompt, Sampling(max_tokens=1), gist_mode=mode)  # noqa: B023
+                modes: list[tuple[str, GistEngine, GistMode]] = [
+                    ("text", engine, "off"),
+                    ("gist", engine, "require"),
+                    ("miss", empty, "auto"),
+                ]
+                for name, who, mode in modes:
+                    answer = once(who, mode)
+                    if repeat >= 0:
+                        runs[name].append(answer)
+            rows.append(_row(count, runs))
+        empty.close()
+    return {
+        "meta": {
+            "model": model,
+            "ratio": ratio,
+            "codec": codec,
+            "dtype": str(engine.backbone.dtype),
+            "repeats": repeats,
+            "precompute_seconds_per_passage": round(made.seconds / max(made.written, 1), 3),
+            **environment(),
+        },
+        "results": rows,
+    }
+
+
+def _row(count: int, runs: dict[str, list[Answer]]) -> dict[str, Any]:
+    median = lambda name, field: statistics.median(getattr(a.stats, field) for a in runs[name])
+    text, gist = median("text", "first_token_ms"), median("gist", "first_token_ms")
+    return {
+        "passages": count,
+        "source_tokens": round(median("gist", "source_tokens")),
+        "ttft_text_ms": round(text, 1),
+        "ttft_gist_ms": round(gist, 1),
+        "ttft_miss_ms": round(median("miss", "first_token_ms"), 1),
+        "speedup": round(text / gist, 2),
+        "match_ms": round(median("gist", "match_ms"), 2),
+        "load_ms": round(median("gist", "fetch_ms"), 2),
+        "compose_ms": round(median("gist", "compose_ms"), 2),
+        "read_ms": round(median("gist", "read_ms"), 2),
+        "bytes": round(median("gist", "num_bytes")),
+    }
+
+
+def _lines(name: str) -> list[str]:
+    return (SAMPLE / name).read_text(encoding="utf8").splitlines()
+
+
+def _sample() -> list[Passage]:
+    rows = [json.loads(line) for line in _lines("sqlite_passages.jsonl")]
+    return [Passage(f"{row['title']}\n{row['text']}", id=row["id"]) for row in rows]

@@ -1,0 +1,306 @@
+"""What ``ChatGist`` and ``GistLLM`` share: how an engine is named, asked and reported on."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from abc import ABC
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict
+
+from langchain_core.documents import Document
+from langchain_core.language_models import BaseLanguageModel, LangSmithParams
+from langchain_core.utils.utils import get_pydantic_field_names
+from pydantic import ConfigDict, Field, model_validator
+from rich.progress import Progress
+
+from gist_rag import __version__
+from gist_rag.errors import BadInput
+from gist_rag.models import DEFAULT_MODEL
+
+if TYPE_CHECKING:  # these import torch, which importing a LangChain class should not
+    from gist_rag import Answer, GistEngine, Sampling
+    from gist_rag.engine import Precomputed
+    from gist_rag.prompt import Segment
+
+GistMode = Literal["auto", "off", "require"]
+
+PROVIDER = "gist_rag"
+
+_NAMES_ENGINE = (
+    "model_name",
+    "store",
+    "compressor",
+    "ratio",
+    "settings",
+    "codec",
+    "namespace",
+    "dtype",
+    "device",
+)
+_SAMPLES = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+_IGNORED = ("stream", "ls_structured_output_format")  # LangChain's own, meant for other layers
+
+
+class Request(TypedDict):
+    """How to generate: keyword arguments of ``GistEngine.generate``, ``stream`` and ``batch``."""
+
+    sampling: Sampling
+    gist_mode: GistMode
+    cancel: threading.Event
+
+
+class LazyEngine:
+    """Stands in for a ``GistEngine`` that is built when it is first used.
+
+    LangChain makes copies of a model to configure it (``configurable_fields``); all copies that
+    name the same engine hold the same ``LazyEngine``, so that it is built once.
+    """
+
+    def __init__(self, recipe: Mapping[str, Any]) -> None:
+        self.recipe = recipe
+        self._engine: GistEngine | None = None
+        self._building = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what copy, pickle and notebooks ask must not build an engine
+            raise AttributeError(name)
+        with self._building:
+            if self._engine is None:
+                self._engine = _build_engine(**self.recipe)
+        return getattr(self._engine, name)
+
+
+class GistModel(BaseLanguageModel[Any], ABC):
+    """Fields and helpers of both classes.
+
+    Two ways to say which engine reads: give ``engine``, or name its parts and leave the building
+    to the first use.
+    """
+
+    model_name: str = Field(default=DEFAULT_MODEL, alias="model")
+    """Alias, local folder or Hugging Face id of the model that reads."""
+    store: str | Path | None = None
+    """Folder of the gists; without one they last as long as this object."""
+    compressor: str | Path | None = None
+    """Compression method, or the folder of a trained compressor."""
+    ratio: float | None = Field(default=None, gt=0)
+    """Compression ratio; short for ``settings={"ratio": ...}``."""
+    settings: dict[str, Any] | None = None
+    """Further settings of the compressor."""
+    codec: str = "bf16"
+    """How gists are stored."""
+    namespace: str = ""
+    """Tenant; gists of another namespace are never read."""
+    dtype: str | None = None
+    """Of the model's weights, for example ``"bfloat16"``."""
+    device: str | None = None
+    """Where the model runs, for example ``"cuda"``."""
+    engine: Any = Field(default=None, exclude=True, repr=False)
+    """A ``GistEngine`` to share, in place of the fields above."""
+
+    gist_mode: GistMode = "auto"
+    """``auto`` reads known passages as gists, ``off`` reads all as text, ``require`` raises
+    ``GistsRequired`` when no passage of the prompt has a gist. May be given per call."""
+
+    temperature: float | None = Field(default=None, ge=0)
+    """0, the default, is greedy."""
+    max_tokens: int | None = Field(default=256, ge=1)
+    """Longest answer."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Sample from the likeliest tokens with this mass."""
+    top_k: int | None = Field(default=None, ge=0)
+    """Sample from so many likeliest tokens."""
+    seed: int | None = None
+    """Makes sampling repeatable."""
+    stop_sequences: list[str] | None = Field(default=None, alias="stop")
+    """Strings that end an answer; they are not part of it."""
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds after which an answer is broken off, with ``finish_reason`` ``"cancelled"``."""
+    max_retries: int = 0
+    """Accepted because all LangChain models have it; there is no network to try again."""
+    streaming: bool = False
+    """Stream internally even on ``invoke``, for callbacks that want each token."""
+
+    model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _warn_of_unknown_fields(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            _warn_unknown(values.keys() - get_pydantic_field_names(cls), cls.__name__)
+        return values
+
+    @model_validator(mode="after")
+    def _settle_engine(self) -> Self:
+        recipe = {name: getattr(self, name) for name in _NAMES_ENGINE}
+        if isinstance(self.engine, LazyEngine | None):
+            if self.engine is None or self.engine.recipe != recipe:
+                self.engine = LazyEngine(recipe)
+            return self
+        self.model_name, given = self.engine.backbone.name, self.model_name
+        defaults = {name: type(self).model_fields[name].default for name in _NAMES_ENGINE}
+        clashes = {name for name in defaults if getattr(self, name) != defaults[name]}
+        if given in (defaults["model_name"], self.model_name):
+            clashes.discard("model_name")
+        if clashes:
+            raise BadInput(f"engine= brings its own {', '.join(sorted(clashes))}; leave these out")
+        return self
+
+    @model_validator(mode="after")
+    def _set_gist_rag_version(self) -> Self:
+        self._add_version("langchain-gist-rag", __version__)
+        return self
+
+    @property
+    def _identifying_params(self) -> Mapping[str, Any]:
+        """All that answers depend on: LangChain's key for cached answers, and its traces.
+
+        A named engine is identified by its names, so that the key does not change when it is built.
+        """
+        if isinstance(self.engine, LazyEngine):
+            identity = {name: str(value) for name, value in self.engine.recipe.items()}
+        else:
+            identity = {
+                "model_name": self.model_name,
+                "store": str(self.engine.store.path),
+                "space": self.engine.space,
+            }
+        samples = {name: getattr(self, name) for name in _SAMPLES}
+        return identity | samples | {"stop": self.stop_sequences, "gist_mode": self.gist_mode}
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        stop = self.stop_sequences if stop is None else stop
+        params: LangSmithParams = super()._get_ls_params(stop=stop, **kwargs)
+        params["ls_provider"] = PROVIDER
+        return params
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens around it."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        ids: list[int] = self.engine.backbone.tokenize(text).tolist()
+        return ids
+
+    def precompress(
+        self, documents: Sequence[Document | str], show_progress: bool = False
+    ) -> Precomputed:
+        """Compress passages that have no gist yet, to be recognised in prompts from then on.
+
+        Returns:
+            How many were written and skipped, their tokens, bytes and seconds.
+        """
+        from gist_rag import Passage
+
+        passages = [
+            Passage(d) if isinstance(d, str) else Passage(d.page_content, id=_source(d))
+            for d in documents
+        ]
+        with progress_bar(show_progress) as progress:
+            done: Precomputed = self.engine.precompute(passages, progress=progress)
+        return done
+
+    def _request(
+        self, stop: list[str] | None, given: Mapping[str, Any], cancel: threading.Event
+    ) -> Request:
+        """How to generate, from this object's fields and what one call overrides."""
+        from gist_rag import Sampling
+
+        options = {name: getattr(self, name) for name in (*_SAMPLES, "gist_mode")}
+        _warn_unknown(given.keys() - options.keys() - set(_IGNORED), "a call")
+        options |= {name: value for name, value in given.items() if name in options}
+        gist_mode = options.pop("gist_mode")
+        stop = stop if stop is not None else self.stop_sequences
+        chosen = {name: value for name, value in options.items() if value is not None}
+        return Request(
+            sampling=Sampling(**chosen, stop=tuple(stop or ())), gist_mode=gist_mode, cancel=cancel
+        )
+
+    @contextmanager
+    def _deadline(self, cancel: threading.Event) -> Iterator[None]:
+        """Set ``cancel`` when ``timeout`` has passed."""
+        if self.timeout is None:
+            yield
+            return
+        timer = threading.Timer(self.timeout, cancel.set)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _count(self, segments: Sequence[Segment]) -> int:
+        """Positions that a prompt takes: tokens of its text, and slots of its gists."""
+        from gist_rag import GistKey
+        from gist_rag.prompt import Known
+        from gist_rag.store import unpack
+
+        positions = 0.0
+        for segment in segments:
+            gist = None
+            if isinstance(segment, Known):
+                gist = self.engine.store.get(GistKey(self.engine.space, segment.content))
+            if gist is None:
+                positions += len(self.engine.backbone.tokenize(segment.text))
+            else:
+                positions += unpack(gist).mean_slots
+        return round(positions)
+
+
+def num_input(answer: Answer) -> int:
+    """Positions that were attended to: tokens of the text and slots of the gists."""
+    stats = answer.stats
+    return round(stats.text_tokens + stats.cached_tokens + stats.gist_slots)
+
+
+def report(answer: Answer) -> dict[str, Any]:
+    """What was read as gists, and what that saved: ``response_metadata["gist"]``."""
+    return {
+        "hits": answer.stats.hits,
+        "misses": answer.stats.misses,
+        "passages": [passage.id or passage.content for passage in answer.passages],
+        "gist_tokens": round(answer.stats.gist_slots),
+        "source_tokens": answer.stats.source_tokens,
+        "ratio": answer.stats.ratio,
+        "first_token_ms": answer.stats.first_token_ms,
+    }
+
+
+@contextmanager
+def progress_bar(shown: bool) -> Iterator[Callable[[int, int, int], None] | None]:
+    """The ``progress`` argument of ``GistEngine.precompute``: a bar on the terminal, or nothing."""
+    if not shown:
+        yield None
+        return
+    with Progress() as bar:
+        task = bar.add_task("Compressing passages", total=None)
+        yield lambda done, total, _tokens: bar.update(task, completed=done, total=total)
+
+
+def _build_engine(
+    model_name: str,
+    store: str | Path | None,
+    compressor: str | Path | None,
+    ratio: float | None,
+    settings: Mapping[str, Any] | None,
+    **options: Any,
+) -> GistEngine:
+    from gist_rag import GistEngine
+
+    if compressor is not None:
+        options["compressor"] = compressor
+    if ratio is not None:
+        settings = {**(settings or {}), "ratio": ratio}
+    return GistEngine.from_pretrained(model_name, store, settings=settings, **options)
+
+
+def _source(document: Document) -> str:
+    return str(document.id or document.metadata.get("source", ""))
+
+
+def _warn_unknown(names: Iterable[str], place: str) -> None:
+    if names := sorted(names):
+        warnings.warn(f"{place} does not know {', '.join(names)}: ignored", stacklevel=3)

@@ -1,0 +1,139 @@
+"""Attention Matching: the fits are what their equations say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import nnls
+from torch import Tensor
+
+from gist_rag.backbone import Backbone, Context, Local
+from gist_rag.compose import Placed, compose
+from gist_rag.compressors import make_compressor
+from gist_rag.compressors.attention_matching import (
+    MAX_MASS,
+    MIN_MASS,
+    match,
+    nonnegative_least_squares,
+    score,
+)
+from gist_rag.losses import distill
+from gist_rag.types import GistState, Passage
+
+
+def attention_rows(rows: int, queries: int, keys: int) -> Tensor:
+    """Softmax matrices ``(R, Q, T)`` as peaked as real ones."""
+    return (3 * torch.randn(rows, queries, keys)).softmax(-1)
+
+
+def test_masses_are_as_good_as_scipy_nnls() -> None:
+    kept = attention_rows(12, 90, 60)[..., :20]
+    ours = nonnegative_least_squares(kept.transpose(1, 2) @ kept, kept.sum(1))
+    for a, w in zip(kept.double().numpy(), ours.double().numpy(), strict=True):
+        _, best = nnls(a, np.ones(len(a)))
+        assert (w >= 0).all()
+        assert np.linalg.norm(a @ w - 1) <= best * 1.01 + 1e-3
+
+
+def test_keeping_everything_changes_nothing() -> None:
+    queries, keys, values = torch.randn(4, 50, 16), torch.randn(4, 12, 16), torch.randn(4, 12, 16)
+    mass, fitted = match(queries, keys, values, torch.ones(4, 12, dtype=torch.bool), 0.25)
+    assert torch.allclose(mass, torch.ones(48), atol=1e-2)
+    assert torch.allclose(fitted, values.flatten(0, 1), atol=1e-2)
+
+
+def test_fitted_slots_stand_for_all_slots_better_than_plain_ones() -> None:
+    """Over the queries, the fit brings output and attention mass closer to those of all slots."""
+    queries, keys, values = torch.randn(6, 80, 16), torch.randn(6, 40, 16), torch.randn(6, 40, 16)
+    attention = (queries @ keys.transpose(1, 2) * 0.25).softmax(-1)
+    keep = torch.zeros(6, 40, dtype=torch.bool)
+    keep.scatter_(1, attention.square().mean(1).topk(10).indices, True)
+    mass, fitted = match(queries, keys, values, keep, 0.25)
+
+    target, part = attention @ values, attention[keep[:, None].expand(-1, 80, -1)]
+    part = part.view(6, 80, 10)
+    plain = part / part.sum(-1, keepdim=True) @ values[keep].view(6, 10, 16)
+    weighted = part * mass.view(6, 1, 10)
+    ours = weighted / weighted.sum(-1, keepdim=True) @ fitted.view(6, 10, 16)
+    assert (ours - target).square().sum() < 0.7 * (plain - target).square().sum()
+    assert (weighted.sum(-1) - 1).square().mean() < 0.2 * (part.sum(-1) - 1).square().mean()
+
+
+def test_rows_that_keep_nothing_are_skipped() -> None:
+    queries, keys, values = torch.randn(3, 20, 8), torch.randn(3, 9, 8), torch.randn(3, 9, 8)
+    keep = torch.zeros(3, 9, dtype=torch.bool)
+    keep[1, 2:5] = True
+    mass, fitted = match(queries, keys, values, keep, 0.3)
+    assert mass.shape == (3,)
+    assert fitted.shape == (3, 8)
+
+
+def test_chunking_does_not_change_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, keys, values = torch.randn(7, 30, 8), torch.randn(7, 20, 8), torch.randn(7, 20, 8)
+    keep = torch.rand(7, 20) > 0.6
+    whole = match(queries, keys, values, keep, 0.3)
+    monkeypatch.setattr("gist_rag.compressors.attention_matching.CHUNK", 1)
+    parts = match(queries, keys, values, keep, 0.3)
+    assert torch.allclose(whole[0], parts[0], atol=1e-4)
+    assert torch.allclose(whole[1], parts[1], atol=1e-4)
+
+
+def test_scores_count_what_the_prefix_takes_away() -> None:
+    queries, keys = torch.randn(2, 10, 8), torch.randn(2, 6, 8)
+    alone = score(queries, torch.zeros(2, 0, 8), keys, 0.3, "rms")
+    beside = score(queries, queries[:, :1] * 10, keys, 0.3, "rms")
+    assert (beside <= alone + 1e-6).all()
+
+
+def compress(backbone: Backbone, passage: Passage, **settings: object) -> GistState:
+    with torch.no_grad():
+        compressor = make_compressor("attention_matching", backbone, {"ratio": 4, **settings})
+        return compressor.compress([backbone.tokenize(passage.text)])[0]
+
+
+def test_one_budget_makes_heads_ragged(backbone: Backbone, passages: list[Passage]) -> None:
+    lengths = compress(backbone, passages[0]).lengths
+    assert len(lengths.unique()) > 1
+
+
+@pytest.mark.parametrize(("budget", "groups"), [("layer", 3), ("head", 6)])
+def test_a_budget_is_shared_by_its_group(
+    backbone: Backbone, passages: list[Passage], budget: str, groups: int
+) -> None:
+    totals = compress(backbone, passages[0], budget=budget).lengths.view(groups, -1).sum(1)
+    assert len(totals.unique()) == 1
+
+
+def test_masses_stay_in_bounds(backbone: Backbone, passages: list[Passage]) -> None:
+    bias = compress(backbone, passages[0]).bias
+    assert float(bias.exp().min()) >= MIN_MASS * 0.999
+    assert float(bias.exp().max()) <= MAX_MASS * 1.001
+
+
+def test_fast_keeps_keys_and_values_as_they_are(backbone: Backbone, passages: list[Passage]) -> None:
+    state = compress(backbone, passages[0], preset="fast")
+    with torch.no_grad():
+        [full] = make_compressor("full", backbone).compress([backbone.tokenize(passages[0].text)])
+    picked = state.row_of_slot() * full.num_tokens + state.offsets
+    assert torch.equal(state.values, full.values[picked])
+    assert torch.equal(state.keys, full.keys[picked])
+    assert not state.bias.any()
+
+
+def test_refinement_brings_the_repeat_closer(backbone: Backbone, passages: list[Passage]) -> None:
+    """KL between repeating from everything and from the slots falls with refinement steps."""
+    ids = backbone.tokenize(passages[0].text)
+    request = backbone.tokenize("<|im_end|>\n<|im_start|>assistant\n")
+    before = backbone.tokenize("<|im_start|>user\n")
+
+    @torch.no_grad()
+    def logits(state: GistState) -> Tensor:
+        slots = compose([[Placed(state, len(before))]], backbone)
+        text = Local.after(torch.cat((request, ids)), len(before) + state.span, 1)
+        return backbone.read(Context([backbone.prefix(before)], slots), [text])[:, len(request) :]
+
+    with torch.no_grad():
+        target = logits(make_compressor("full", backbone).compress([ids])[0])
+    loss = lambda **s: float(distill(target, logits(compress(backbone, passages[0], **s))).mean())
+    assert loss(refine_steps=20, refine_lr=0.03) < 0.9 * loss()

@@ -1,0 +1,159 @@
+"""Composing and reading: the promises that everything else stands on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gist_rag.backbone import Backbone, Context, Local
+from gist_rag.compose import Placed, compose, place
+from gist_rag.compressors import make_compressor
+from gist_rag.errors import BadInput
+from gist_rag.types import GistState, Passage, Sampling
+
+TOLERANCE = 1e-4
+
+
+def read(backbone: Backbone, states: list[GistState], question: Tensor, *, start: int = 0, prefix: str = "") -> Tensor:
+    """Logits ``(Q, V)`` of a question after some states in sequence."""
+    leading = backbone.prefix(backbone.tokenize(prefix))
+    placed, end = place(states, start + len(leading), "sequence")
+    context = Context([leading], compose([placed], backbone))
+    with torch.no_grad():
+        return backbone.read(context, [Local.after(question, end, len(states))])[0]
+
+
+def prefill(backbone: Backbone, ids: Tensor, rows: int) -> Tensor:
+    with torch.no_grad():
+        return backbone.model(ids[None]).logits[0, -rows:]
+
+
+def test_full_gist_reads_as_its_text_does(any_backbone: Backbone, passages: list[Passage]) -> None:
+    ids = any_backbone.tokenize(passages[0].text)
+    question = any_backbone.tokenize("\n\nWhat is WAL?")
+    states = make_compressor("full", any_backbone).compress([ids])
+    ours = read(any_backbone, states, question)
+    plain = prefill(any_backbone, torch.cat((ids, question)), len(question))
+    assert (ours - plain).abs().max() < TOLERANCE
+
+
+def test_encoding_a_batch_equals_encoding_one_by_one(
+    any_backbone: Backbone, passages: list[Passage]
+) -> None:
+    full = make_compressor("full", any_backbone)
+    ids = [any_backbone.tokenize(p.text) for p in passages[:3]]
+    for together, alone in zip(full.compress(ids), (full.compress([i])[0] for i in ids), strict=True):
+        assert torch.allclose(together.keys, alone.keys, atol=TOLERANCE)
+        assert torch.allclose(together.values, alone.values, atol=TOLERANCE)
+
+
+def test_moving_everything_by_1000_positions_changes_nothing(
+    any_backbone: Backbone, passages: list[Passage]
+) -> None:
+    matching = make_compressor("attention_matching", any_backbone, {"ratio": 4})
+    with torch.no_grad():
+        states = matching.compress([any_backbone.tokenize(p.text) for p in passages[:2]])
+    question = any_backbone.tokenize("What is WAL?")
+    here = read(any_backbone, states, question)
+    there = read(any_backbone, states, question, start=1000)
+    assert (here - there).abs().max() < 1e-3
+
+
+def test_prefix_is_exact(any_backbone: Backbone, passages: list[Passage]) -> None:
+    text, question = any_backbone.tokenize(passages[0].text), any_backbone.tokenize("Why?")
+    context = Context([any_backbone.prefix(text)], None)
+    with torch.no_grad():
+        ours = any_backbone.read(context, [Local.after(question, len(text), 0)])[0]
+    plain = prefill(any_backbone, torch.cat((text, question)), len(question))
+    assert (ours - plain).abs().max() < TOLERANCE
+
+
+def test_parallel_passages_have_no_order(backbone: Backbone, passages: list[Passage]) -> None:
+    full = make_compressor("full", backbone)
+    states = full.compress([backbone.tokenize(p.text) for p in passages[:3]])
+    question = backbone.tokenize("What is WAL?")
+    results = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        placed, end = place([states[i] for i in order], 0, "parallel")
+        context = Context([backbone.prefix(question[:0])], compose([placed], backbone))
+        results.append(backbone.read(context, [Local.after(question, end, 3)]))
+    assert (results[0] - results[1]).abs().max() < TOLERANCE
+
+
+def test_a_batch_of_prompts_reads_as_each_alone(backbone: Backbone, passages: list[Passage]) -> None:
+    """Different passages, prefixes and questions: padding of none leaks into another."""
+    matching = make_compressor("attention_matching", backbone, {"ratio": 4})
+    with torch.no_grad():
+        states = matching.compress([backbone.tokenize(p.text) for p in passages[:3]])
+    prefixes = [backbone.prefix(backbone.tokenize(t)) for t in ("Documents:", "", "Read this now: ")]
+    members = [states[:2], [], states[2:]]
+    questions = [backbone.tokenize(t) for t in ("What is WAL?", "Who?", "When was it, and where?")]
+    prompts = []
+    for prefix, member, question in zip(prefixes, members, questions, strict=True):
+        placed, end = place(member, len(prefix), "parallel")
+        prompts.append((prefix, placed, Local.after(question, end, len(member))))
+    with torch.no_grad():
+        together = backbone.read(
+            Context([p for p, _, _ in prompts], compose([s for _, s, _ in prompts], backbone)),
+            [t for _, _, t in prompts],
+        )
+        for row, (prefix, placed, text) in enumerate(prompts):
+            alone = backbone.read(Context([prefix], compose([placed], backbone)), [text])[0]
+            assert (together[row, -len(text.ids) :] - alone).abs().max() < TOLERANCE
+
+
+def test_text_before_a_passage_does_not_see_it(backbone: Backbone, passages: list[Passage]) -> None:
+    [state] = make_compressor("full", backbone).compress([backbone.tokenize(passages[0].text)])
+    before, after = backbone.tokenize("Listen:"), backbone.tokenize("What is WAL?")
+    first = Local.after(before, 0, 0)
+    second = Local.after(after, len(before) + state.span, 1)
+    nothing = backbone.prefix(before[:0])
+    slots = compose([[Placed(state, len(before))]], backbone)
+    with torch.no_grad():
+        mixed = backbone.read(Context([nothing], slots), [Local.join([first, second])])[0]
+        alone = backbone.read(Context([nothing], None), [first])[0]
+    assert (mixed[: len(before)] - alone).abs().max() < TOLERANCE
+
+
+def test_dropped_slots_do_not_matter(backbone: Backbone, passages: list[Passage]) -> None:
+    """A ragged state, padded for reading, equals the full state with the dropped slots hidden."""
+    matching = make_compressor("attention_matching", backbone, {"ratio": 3, "preset": "fast"})
+    ids = backbone.tokenize(passages[0].text)
+    with torch.no_grad():
+        [ragged] = matching.compress([ids])
+        [full] = make_compressor("full", backbone).compress([ids])
+    kept = torch.zeros(len(full.rows) - 1, len(ids), dtype=torch.bool)
+    kept[ragged.row_of_slot(), ragged.offsets.long()] = True
+    hidden = full.bias.masked_fill(~kept.flatten(), -1e4)
+    masked = GistState(**{**vars(full), "bias": hidden})
+    question = backbone.tokenize("What is WAL?")
+    difference = read(backbone, [ragged], question) - read(backbone, [masked], question)
+    assert difference.abs().max() < TOLERANCE
+
+
+def test_reading_passes_gradients_to_the_slots(backbone: Backbone, passages: list[Passage]) -> None:
+    [state] = make_compressor("full", backbone).compress([backbone.tokenize(passages[0].text)])
+    for tensor in (state.keys, state.values, state.bias):
+        tensor.requires_grad_()
+    question = backbone.tokenize("What is WAL?")
+    context = Context([backbone.prefix(question[:0])], compose([[Placed(state, 0)]], backbone))
+    backbone.read(context, [Local.after(question, state.span, 1)]).square().sum().backward()
+    assert all(float(t.grad.abs().sum()) > 0 for t in (state.keys, state.values, state.bias))
+
+
+def test_greedy_decoding_equals_transformers(any_backbone: Backbone, passages: list[Passage]) -> None:
+    ids = any_backbone.tokenize(passages[0].text)
+    expected = any_backbone.model.generate(
+        ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=12, do_sample=False
+    )[0, len(ids) :].tolist()
+    context = Context([any_backbone.prefix(ids[:0])], None)
+    steps = any_backbone.decode(context, [Local.after(ids, 0, 0)], [Sampling(max_tokens=12)])
+    assert [tokens[0] for tokens in steps] == expected
+
+
+def test_state_of_another_shape_is_refused(backbone: Backbone) -> None:
+    keys = torch.zeros(2, 2, 4, 16)
+    state = GistState.uniform(keys, keys, torch.arange(4), span=4, num_tokens=4)
+    with pytest.raises(BadInput, match=r"\(2, 2, 16\)"):
+        compose([[Placed(state, 0)]], backbone)
