@@ -20,7 +20,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from gist_rag_kernels import slot_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -29,6 +28,7 @@ from transformers.masking_utils import sdpa_mask
 from gist_rag.errors import BadInput, ContextOverflow, UnsupportedBackbone
 from gist_rag.layout import Slots
 from gist_rag.types import Sampling
+from gist_rag_kernels import slot_attention
 
 ATTENTION = "gist_rag"
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -111,6 +111,11 @@ class Prefix:
 
     def __len__(self) -> int:
         return self.keys.shape[2]
+
+    def padded(self, width: int) -> Prefix:
+        """The same with zeros before it, ``width`` positions in all."""
+        margin = (0, 0, width - len(self), 0)
+        return Prefix(nn.functional.pad(self.keys, margin), nn.functional.pad(self.values, margin))
 
 
 @dataclass(frozen=True)
@@ -232,9 +237,7 @@ class Backbone:
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
         return torch.as_tensor(ids, dtype=torch.long)
 
-    def render(
-        self, messages: Sequence[Any], tools: Sequence[Any] | None = None
-    ) -> str:
+    def render(self, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> str:
         """The prompt that the model's chat template makes of messages."""
         if not getattr(self.tokenizer, "chat_template", None):
             return "\n\n".join(str(m["content"]) for m in messages) + "\n"
@@ -246,7 +249,9 @@ class Backbone:
                 add_generation_prompt=True,
             )
         except Exception as error:  # templates raise jinja2 errors of their own for odd role orders
-            raise BadInput(f"the chat template of {self.name} refuses these messages: {error}") from error
+            raise BadInput(
+                f"the chat template of {self.name} refuses these messages: {error}"
+            ) from error
         return text
 
     # ---- encoding
@@ -285,9 +290,7 @@ class Backbone:
             positions = torch.arange(input_ids.shape[1])[None]
         stream: list[Tensor] = []
         with self._lock, _recorded(self.layers, stream):
-            self.model.model(
-                **arguments, position_ids=positions.to(self.device), use_cache=False
-            )
+            self.model.model(**arguments, position_ids=positions.to(self.device), use_cache=False)
         return torch.stack(stream)
 
     def project_kv(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -344,7 +347,12 @@ class Backbone:
         """Exact KV of leading text ``(P,)``; an empty text gives an empty prefix."""
         if not len(input_ids):
             empty = torch.zeros(
-                self.num_layers, self.num_heads, 0, self.head_dim, dtype=self.dtype, device=self.device
+                self.num_layers,
+                self.num_heads,
+                0,
+                self.head_dim,
+                dtype=self.dtype,
+                device=self.device,
             )
             return Prefix(empty, empty)
         cache = DynamicCache(config=self.model.config)
@@ -372,7 +380,7 @@ class Backbone:
         Args:
             texts: one per prompt, left-padded to the longest.
             num_logits: rows wanted from the end; 0 for all.
-            mask: ``(B, 1, Q, P + Q)`` bool over prefix and text, where causal is not what is wanted.
+            mask: ``(B, 1, Q, P + Q)`` bool over prefix and text, where causal is not wanted.
 
         Returns:
             ``(B, Q or num_logits, V)``, right-aligned.
@@ -480,9 +488,8 @@ class Backbone:
         """A fresh cache that holds the prefixes, padded left to ``width``."""
         cache = DynamicCache(config=self.model.config)
         if width:
-            pad = lambda x: nn.functional.pad(x, (0, 0, width - x.shape[2], 0))
-            keys = torch.stack([pad(p.keys) for p in prefixes], dim=1)  # (L, B, H, P, D)
-            values = torch.stack([pad(p.values) for p in prefixes], dim=1)
+            keys = torch.stack([p.padded(width).keys for p in prefixes], dim=1)  # (L, B, H, P, D)
+            values = torch.stack([p.padded(width).values for p in prefixes], dim=1)
             for index in range(self.num_layers):
                 cache.update(keys[index], values[index], index)
         return cache
@@ -591,7 +598,9 @@ def reason_against(model: Any) -> str | None:
     if family not in SUPPORTED:
         return f"family {family!r} has not been checked"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    sliding = getattr(config, "sliding_window", None) and getattr(
+        config, "use_sliding_window", True
+    )
     if kinds != {"full_attention"} or (sliding and family == "mistral"):
         return "sliding-window layers drop what gists stand for"
     rope = config.rope_parameters

@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -183,15 +184,23 @@ def demo(
 ) -> None:
     """Compress 60 passages about SQLite, then ask through LangChain and through LlamaIndex."""
     with _reported(as_json):
-        from gist_rag.demo import open_demo, run
+        from gist_rag.demo import DemoEngine, run, sample_passages
+        from gist_rag.rag import GistRAG
 
+        passages, results = sample_passages(), []
         with _loading(DEFAULT_MODEL):
-            engine = open_demo(store)
+            engine = DemoEngine.from_pretrained(store=store)
         with engine:
             with _bar("compressing", as_json) as progress:
-                results = run(engine, progress=progress)
-                first = next(results)
-            ...
+                GistRAG(engine).build(passages, progress=progress)
+            for shown in run(engine, passages):
+                results.append(asdict(shown))
+                if not as_json:
+                    _echo(_demo_lines(results[-1]))
+        if as_json:
+            _print_json(results)
+    if any(row["read_as_gists"] < row["retrieved"] for row in results):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -433,8 +442,12 @@ def _show(
     if as_json:
         _print_json(report)
     else:
-        for line in lines(report):
-            typer.echo(line)
+        _echo(lines(report))
+
+
+def _echo(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(line)
 
 
 def _print_json(data: object) -> None:
@@ -474,6 +487,17 @@ def _ask_lines(report: dict[str, Any]) -> Iterator[str]:
     yield f"{line}; first token after {stats['first_token_ms']:.0f} ms"
 
 
+def _demo_lines(shown: dict[str, Any]) -> Iterator[str]:
+    yield f"\n[{shown['framework']}] {shown['question']}"
+    yield f"  answer: {' '.join(shown['answer'].split())}"
+    yield f"  gold:   {shown['gold']}"
+    yield (
+        f"  {shown['read_as_gists']} of {shown['retrieved']} retrieved passages read as gists; "
+        f"first token after {shown['gist_ms']:.0f} ms from gists, {shown['text_ms']:.0f} ms from "
+        "text"
+    )
+
+
 def _info_lines(report: dict[str, Any]) -> Iterator[str]:
     yield ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     yield (
@@ -483,7 +507,7 @@ def _info_lines(report: dict[str, Any]) -> Iterator[str]:
     if store := report.get("store"):
         yield (
             f"{store['folder']}: {store['entries']} gists, {store['bytes']:,} bytes "
-            f"({store['bytes_per_passage']:,} per passage), {store['dead_bytes']:,} bytes to compact"
+            f"({store['bytes_per_passage']:,} per passage), {store['dead_bytes']:,} to compact"
         )
         for space in store["spaces"]:
             yield "  " + ", ".join(

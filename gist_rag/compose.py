@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from gist_rag_kernels import compose_kv
 from torch import Tensor
 
 from gist_rag.backbone import Backbone
 from gist_rag.errors import BadInput
 from gist_rag.layout import Slots
 from gist_rag.types import GistState
+from gist_rag_kernels import compose_kv
 
 Positions = Literal["parallel", "sequence"]
 """``parallel``: passages that stand side by side all start at the same position, so their order

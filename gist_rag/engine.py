@@ -15,7 +15,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -84,7 +85,7 @@ class GistEngine:
     Args:
         backbone: the model that reads.
         compressor: what turns passages into gists.
-        store: a folder, an open ``GistStore``, or ``None`` for one that lives as long as the engine.
+        store: a folder, an open ``GistStore``, or ``None`` for one that ends with the engine.
         codec: how gists are stored, ``"bf16"`` or ``"int8"``.
         namespace: tenant; gists of another namespace are never read.
         positions: where passages that stand side by side go, see ``compose.Positions``.
@@ -230,14 +231,14 @@ class GistEngine:
         """Tokenised batches of similar length, the same for the same passages."""
         for first in range(0, len(passages), CORPUS_WINDOW):
             window = [
-                (p, self.backbone.tokenize(p.text))
-                for p in passages[first : first + CORPUS_WINDOW]
+                (p, self.backbone.tokenize(p.text)) for p in passages[first : first + CORPUS_WINDOW]
             ]
             for passage, ids in window:
                 if len(ids) > self.compressor.max_tokens:
                     raise PassageTooLong(
-                        f"passage {passage.id!r} has {len(ids)} tokens; {self.compressor.name} with "
-                        f"{self.backbone.name} takes {self.compressor.max_tokens}; split it first"
+                        f"passage {passage.id!r} has {len(ids)} tokens; {self.compressor.name} "
+                        f"with {self.backbone.name} takes {self.compressor.max_tokens}; "
+                        "split it first"
                     )
             window.sort(key=lambda item: len(item[1]))
             batch: list[tuple[Passage, Tensor]] = []
@@ -373,8 +374,7 @@ class GistEngine:
         if isinstance(prompt[0], Text | Known):
             return list(prompt)  # type: ignore[arg-type]
         messages: list[Message] = list(prompt)  # type: ignore[arg-type]
-        render = lambda m: self.backbone.render(m, tools)
-        return split_messages(messages, find, render)
+        return split_messages(messages, find, partial(self.backbone.render, tools=tools))
 
     @property
     def matcher(self) -> PassageMatcher:
@@ -414,9 +414,7 @@ class GistEngine:
         }
         sizes = {content: state.num_bytes for content, state in packed.items()}
         texts = [
-            merge(
-                s if isinstance(s, Text) or s.content in states else Text(s.text) for s in prompt
-            )
+            merge(s if isinstance(s, Text) or s.content in states else Text(s.text) for s in prompt)
             for prompt in prompts
         ]
         missed = [
@@ -509,8 +507,8 @@ class GistEngine:
         bound = GATE_BOUND[self.backbone.dtype]
         if not error <= bound:
             raise GateFailed(
-                f"{self.backbone.name}: uncompressed gists differ from plain prefill by {error:.1e} of "
-                f"the logits' range (allowed: {bound:.0e}); this model cannot be read with gists"
+                f"{self.backbone.name}: uncompressed gists differ from plain prefill by "
+                f"{error:.1e} of the logits' range (allowed: {bound:.0e}); this model cannot be read with gists"
             )
         self._checked = True
 
@@ -591,7 +589,7 @@ class _Row:
 
 
 class _Clock:
-    """Laps in milliseconds by name; a name is timed once, ``first_`` and ``total_`` from the start."""
+    """Laps in milliseconds by name, each timed once; ``first_`` and ``total_`` from the start."""
 
     def __init__(self) -> None:
         self._start = self._last = time.perf_counter()

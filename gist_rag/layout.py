@@ -82,7 +82,12 @@ class Layout:
             position.append(end - 1)
             local_from.append(window)
             window, token = len(source), end
-        return cls(*(torch.tensor(x) for x in (source, position, local_from, gist_from)))
+        return cls(
+            torch.tensor(source),
+            torch.tensor(position),
+            torch.tensor(local_from),
+            torch.tensor(gist_from),
+        )
 
     def __len__(self) -> int:
         return len(self.source)
@@ -111,7 +116,9 @@ class Layout:
         """``(S, S)`` bool: row ``q`` may see column ``k``."""
         slot = torch.arange(len(self))
         q, k = slot[:, None], slot[None, :]
-        first = torch.where(self.is_gist[None, :], self.gist_from[:, None], self.local_from[:, None])
+        first = torch.where(
+            self.is_gist[None, :], self.gist_from[:, None], self.local_from[:, None]
+        )
         return (k <= q) & ((k >= first) | (k < self.prefix))
 
 
@@ -145,13 +152,14 @@ class Slots:
         rows, width = self.batch * self.heads, self.widths[index]
         start = rows * sum(self.widths[:index])
         shape = (self.batch, self.heads, width)
-        parts = (x[start : start + rows * width] for x in self._buffers)
-        keys, values, bias, order = parts
-        return keys.view(*shape, -1), values.view(*shape, -1), bias.view(shape), order.view(shape)
-
-    @property
-    def _buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.keys, self.values, self.bias, self.order
+        part = slice(start, start + rows * width)
+        size = self.keys.shape[1]
+        return (
+            self.keys[part].view(*shape, size),
+            self.values[part].view(*shape, size),
+            self.bias[part].view(shape),
+            self.order[part].view(shape),
+        )
 
     def visible_bias(self, index: int, seen: Tensor | None) -> Tensor:
         """Bias of one layer for given queries.

@@ -56,7 +56,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gist-rag"
 
 
-def load_model(name: str = DEFAULT_MODEL, *, dtype: str | None = None, device: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    name: str = DEFAULT_MODEL, *, dtype: str | None = None, device: str | None = None
+) -> tuple[Any, Any]:
     """Model and tokenizer of an alias, a local folder or a Hugging Face id.
 
     Args:

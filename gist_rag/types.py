@@ -26,7 +26,7 @@ def normalise(text: str) -> str:
 
 
 def content_key(text: str) -> str:
-    """sha256 (hex) of the normalised text: two texts that differ in whitespace only are one passage."""
+    """sha256 (hex) of the normalised text: texts that differ in whitespace only are one passage."""
     return hashlib.sha256(normalise(text).encode()).hexdigest()
 
 
@@ -173,7 +173,8 @@ class GistState:
         bias = self.bias.new_full(shape, -torch.inf)
         keys[row, rank], values[row, rank], bias[row, rank] = self.keys, self.values, self.bias
         heads = (self.num_layers, self.num_heads, width)
-        return keys.view(*heads, -1), values.view(*heads, -1), bias.view(heads)
+        size = self.keys.shape[-1]
+        return keys.view(*heads, size), values.view(*heads, size), bias.view(heads)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> GistState:
         """Move to a device; ``dtype`` applies to keys and values, bias stays float32."""

@@ -88,7 +88,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator([p.text for p in sample_passages()], trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+        tokenizer_object=bpe,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
     )
     fast.chat_template = CHATML
     return fast

@@ -15,7 +15,14 @@ from gist_rag.types import GistState, Passage, Sampling
 TOLERANCE = 1e-4
 
 
-def read(backbone: Backbone, states: list[GistState], question: Tensor, *, start: int = 0, prefix: str = "") -> Tensor:
+def read(
+    backbone: Backbone,
+    states: list[GistState],
+    question: Tensor,
+    *,
+    start: int = 0,
+    prefix: str = "",
+) -> Tensor:
     """Logits ``(Q, V)`` of a question after some states in sequence."""
     leading = backbone.prefix(backbone.tokenize(prefix))
     placed, end = place(states, start + len(leading), "sequence")
@@ -43,7 +50,9 @@ def test_encoding_a_batch_equals_encoding_one_by_one(
 ) -> None:
     full = make_compressor("full", any_backbone)
     ids = [any_backbone.tokenize(p.text) for p in passages[:3]]
-    for together, alone in zip(full.compress(ids), (full.compress([i])[0] for i in ids), strict=True):
+    for together, alone in zip(
+        full.compress(ids), (full.compress([i])[0] for i in ids), strict=True
+    ):
         assert torch.allclose(together.keys, alone.keys, atol=TOLERANCE)
         assert torch.allclose(together.values, alone.values, atol=TOLERANCE)
 
@@ -81,12 +90,16 @@ def test_parallel_passages_have_no_order(backbone: Backbone, passages: list[Pass
     assert (results[0] - results[1]).abs().max() < TOLERANCE
 
 
-def test_a_batch_of_prompts_reads_as_each_alone(backbone: Backbone, passages: list[Passage]) -> None:
+def test_a_batch_of_prompts_reads_as_each_alone(
+    backbone: Backbone, passages: list[Passage]
+) -> None:
     """Different passages, prefixes and questions: padding of none leaks into another."""
     matching = make_compressor("attention_matching", backbone, {"ratio": 4})
     with torch.no_grad():
         states = matching.compress([backbone.tokenize(p.text) for p in passages[:3]])
-    prefixes = [backbone.prefix(backbone.tokenize(t)) for t in ("Documents:", "", "Read this now: ")]
+    prefixes = [
+        backbone.prefix(backbone.tokenize(t)) for t in ("Documents:", "", "Read this now: ")
+    ]
     members = [states[:2], [], states[2:]]
     questions = [backbone.tokenize(t) for t in ("What is WAL?", "Who?", "When was it, and where?")]
     prompts = []
@@ -142,7 +155,9 @@ def test_reading_passes_gradients_to_the_slots(backbone: Backbone, passages: lis
     assert all(float(t.grad.abs().sum()) > 0 for t in (state.keys, state.values, state.bias))
 
 
-def test_greedy_decoding_equals_transformers(any_backbone: Backbone, passages: list[Passage]) -> None:
+def test_greedy_decoding_equals_transformers(
+    any_backbone: Backbone, passages: list[Passage]
+) -> None:
     ids = any_backbone.tokenize(passages[0].text)
     expected = any_backbone.model.generate(
         ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=12, do_sample=False
@@ -157,3 +172,14 @@ def test_state_of_another_shape_is_refused(backbone: Backbone) -> None:
     state = GistState.uniform(keys, keys, torch.arange(4), span=4, num_tokens=4)
     with pytest.raises(BadInput, match=r"\(2, 2, 16\)"):
         compose([[Placed(state, 0)]], backbone)
+
+
+def test_a_layer_that_keeps_nothing_is_read(backbone: Backbone) -> None:
+    """Under one budget a whole layer may lose all slots; its queries still see their own text."""
+    keys = torch.randn(8, backbone.head_dim)
+    rows = torch.tensor([0, 4, 8, 8, 8, 8, 8], dtype=torch.int32)
+    offsets = torch.arange(8, dtype=torch.int32)
+    state = GistState(keys, keys, torch.zeros(8), offsets, rows, 3, span=8, num_tokens=8)
+    logits = read(backbone, [state], backbone.tokenize("What is WAL?"), prefix="Read this:")
+    assert bool(logits.isfinite().all())
+    assert read(backbone, [state], backbone.tokenize("What is WAL?")).isfinite().all()

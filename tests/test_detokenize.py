@@ -33,7 +33,10 @@ def test_pieces_join_to_the_text(text: str) -> None:
     assert "".join(pieces) == out.text == text
 
 
-@given(st.text(alphabet="abc", max_size=40), st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3))
+@given(
+    st.text(alphabet="abc", max_size=40),
+    st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3),
+)
 def test_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> None:
     cuts = [text.find(s) for s in stop if s in text]
     pieces, out = stream(text, stop)

@@ -44,14 +44,20 @@ def test_known_passages_are_read_as_gists(tiny_engine: GistEngine, passages: lis
     assert answer.stats.ratio == pytest.approx(4, rel=0.05)
 
 
-def test_no_passage_text_is_left_in_the_text(tiny_engine: GistEngine, passages: list[Passage]) -> None:
+def test_no_passage_text_is_left_in_the_text(
+    tiny_engine: GistEngine, passages: list[Passage]
+) -> None:
     segments = tiny_engine.segments(ask(passages[:3]))
-    assert [s.content for s in segments if isinstance(s, Known)] == [p.content for p in passages[:3]]
+    assert [s.content for s in segments if isinstance(s, Known)] == [
+        p.content for p in passages[:3]
+    ]
     rest = "".join(s.text for s in segments if isinstance(s, Text))
     assert not any(word in rest for p in passages[:3] for word in p.text.split() if len(word) > 9)
 
 
-def test_unknown_passages_are_read_as_text(tiny_engine: GistEngine, passages: list[Passage]) -> None:
+def test_unknown_passages_are_read_as_text(
+    tiny_engine: GistEngine, passages: list[Passage]
+) -> None:
     prompt = ask([passages[0], passages[20]])
     answer = tiny_engine.generate(prompt, SHORT)
     assert [p.id for p in answer.passages] == [passages[0].id]
@@ -89,13 +95,17 @@ def test_a_batch_equals_one_by_one(tiny_engine: GistEngine, passages: list[Passa
     assert together == [tiny_engine.generate(p, SHORT).text for p in prompts]
 
 
-def test_rows_of_a_batch_keep_their_own_limits(tiny_engine: GistEngine, passages: list[Passage]) -> None:
+def test_rows_of_a_batch_keep_their_own_limits(
+    tiny_engine: GistEngine, passages: list[Passage]
+) -> None:
     limits = [Sampling(max_tokens=n) for n in (3, 9)]
     answers = tiny_engine.batch([ask(passages[:1]), ask(passages[1:2])], limits)
     assert [a.num_tokens for a in answers] == [3, 9]
 
 
-def test_streamed_pieces_join_to_the_answer(tiny_engine: GistEngine, passages: list[Passage]) -> None:
+def test_streamed_pieces_join_to_the_answer(
+    tiny_engine: GistEngine, passages: list[Passage]
+) -> None:
     chunks = list(tiny_engine.stream(ask(passages[:2]), SHORT))
     assert chunks[-1].answer is not None
     assert all(c.answer is None for c in chunks[:-1])
@@ -117,7 +127,9 @@ def test_a_prompt_that_ends_with_a_passage_still_answers(
     assert tiny_engine.generate(f"Continue: {passages[0].text}", SHORT).stats.hits == 0
 
 
-def test_the_prefix_is_read_once(tiny_engine: GistEngine, passages: list[Passage], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_prefix_is_read_once(
+    tiny_engine: GistEngine, passages: list[Passage], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny_engine.generate(ask(passages[:1]), SHORT)
     monkeypatch.setattr(tiny_engine.backbone, "prefix", lambda ids: pytest.fail("read again"))
     tiny_engine.generate(ask(passages[1:2], "Why?"), SHORT)
@@ -126,7 +138,9 @@ def test_the_prefix_is_read_once(tiny_engine: GistEngine, passages: list[Passage
 # ---- stopping
 
 
-def test_stop_strings_end_the_answer_before_them(tiny_engine: GistEngine, passages: list[Passage]) -> None:
+def test_stop_strings_end_the_answer_before_them(
+    tiny_engine: GistEngine, passages: list[Passage]
+) -> None:
     whole = tiny_engine.generate(ask(passages[:1]), Sampling(max_tokens=20)).text
     stop = whole[4:7]
     answer = tiny_engine.generate(ask(passages[:1]), Sampling(max_tokens=20, stop=[stop]))
@@ -159,14 +173,18 @@ def test_closing_a_stream_ends_it(tiny_engine: GistEngine) -> None:
 
 
 def test_sampling_is_repeatable_by_seed(tiny_engine: GistEngine) -> None:
-    draw = lambda seed: tiny_engine.generate(
-        "Hello", Sampling(max_tokens=12, temperature=1.0, top_p=0.9, top_k=50, seed=seed)
-    ).text
+    draw = lambda seed: (
+        tiny_engine.generate(
+            "Hello", Sampling(max_tokens=12, temperature=1.0, top_p=0.9, top_k=50, seed=seed)
+        ).text
+    )
     assert draw(1) == draw(1)
     assert len({draw(s) for s in range(4)}) > 1
 
 
-def test_many_threads_get_the_answers_of_one(tiny_engine: GistEngine, passages: list[Passage]) -> None:
+def test_many_threads_get_the_answers_of_one(
+    tiny_engine: GistEngine, passages: list[Passage]
+) -> None:
     prompts = [ask(passages[i : i + 2]) for i in range(6)] * 2
     alone = [tiny_engine.generate(p, SHORT).text for p in prompts]
     with ThreadPoolExecutor(6) as pool:
@@ -177,7 +195,9 @@ def test_many_threads_get_the_answers_of_one(tiny_engine: GistEngine, passages: 
 # ---- the store
 
 
-def test_precompute_writes_each_content_once(make_engine: MakeEngine, passages: list[Passage]) -> None:
+def test_precompute_writes_each_content_once(
+    make_engine: MakeEngine, passages: list[Passage]
+) -> None:
     engine = make_engine(settings={"ratio": 4})
     twice = [*passages[:3], Passage(passages[0].text.replace(" ", "\n"), id="other-id")]
     assert engine.precompute(twice).written == 3
@@ -204,8 +224,13 @@ def test_another_namespace_is_never_read(make_engine: MakeEngine, passages: list
 @pytest.mark.parametrize(
     "change", [{"settings": {"ratio": 8}}, {"codec": "int8"}, {"name": "strided"}], ids=str
 )
-def test_a_space_is_all_that_a_gist_depends_on(make_engine: MakeEngine, change: dict[str, Any]) -> None:
-    assert make_engine(settings={"ratio": 4}).space != make_engine(**{"settings": {"ratio": 4}} | change).space
+def test_a_space_is_all_that_a_gist_depends_on(
+    make_engine: MakeEngine, change: dict[str, Any]
+) -> None:
+    assert (
+        make_engine(settings={"ratio": 4}).space
+        != make_engine(**{"settings": {"ratio": 4}} | change).space
+    )
 
 
 def test_passages_added_by_another_engine_are_found(
@@ -220,7 +245,10 @@ def test_passages_added_by_another_engine_are_found(
 
 
 def test_a_damaged_gist_is_logged_and_rewritten(
-    make_engine: MakeEngine, passages: list[Passage], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_engine: MakeEngine,
+    passages: list[Passage],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine = make_engine(settings={"ratio": 4})
     engine.precompute(passages[:2])
@@ -239,7 +267,9 @@ def test_a_damaged_gist_is_logged_and_rewritten(
     assert list(healed.store.verify()) == []
 
 
-def test_int8_gists_read_almost_as_bf16_ones(make_engine: MakeEngine, passages: list[Passage]) -> None:
+def test_int8_gists_read_almost_as_bf16_ones(
+    make_engine: MakeEngine, passages: list[Passage]
+) -> None:
     sizes = {}
     for codec in ("bf16", "int8"):
         engine = make_engine(settings={"ratio": 4}, codec=codec)
@@ -249,7 +279,9 @@ def test_int8_gists_read_almost_as_bf16_ones(make_engine: MakeEngine, passages: 
     assert sizes["int8"] < 0.75 * sizes["bf16"]
 
 
-def test_a_store_of_its_own_is_gone_after_close(backbone: Backbone, passages: list[Passage]) -> None:
+def test_a_store_of_its_own_is_gone_after_close(
+    backbone: Backbone, passages: list[Passage]
+) -> None:
     engine = GistEngine(backbone, make_compressor("strided", backbone))
     engine.precompute(passages[:1])
     folder = Path(engine._scratch.name) if engine._scratch else Path()
@@ -261,7 +293,9 @@ def test_a_store_of_its_own_is_gone_after_close(backbone: Backbone, passages: li
 # ---- bad input
 
 
-def test_require_raises_when_nothing_is_known(tiny_engine: GistEngine, passages: list[Passage]) -> None:
+def test_require_raises_when_nothing_is_known(
+    tiny_engine: GistEngine, passages: list[Passage]
+) -> None:
     with pytest.raises(GistsRequired):
         tiny_engine.generate(ask(passages[20:21]), SHORT, gist_mode="require")
 
@@ -294,7 +328,9 @@ def test_a_passage_too_long_is_named(make_engine: MakeEngine, passages: list[Pas
         engine.precompute([*passages[:2], Passage("word " * 4000, id="long one")])
 
 
-@pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"stop": [""]}], ids=str)
+@pytest.mark.parametrize(
+    "bad", [{"max_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"stop": [""]}], ids=str
+)
 def test_bad_sampling_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(BadInput):
         Sampling(**bad)
@@ -327,7 +363,11 @@ def test_the_gate_passes_on_every_family(any_backbone: Backbone, tmp_path: Path)
         ("mistral", {"sliding_window": 64}, "sliding-window"),
         ("phi3", {}, "fused"),
         ("gemma3_text", {}, "not been checked"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "RoPE type 'dynamic'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "RoPE type 'dynamic'",
+        ),
     ],
 )
 def test_unsupported_models_are_refused_with_the_reason(
@@ -357,7 +397,9 @@ def test_a_borrowed_model_still_works_on_its_own(backbone: Backbone) -> None:
     assert attend_slots.__module__ == "gist_rag.backbone"
 
 
-def test_gist_key_is_made_of_space_and_content(tiny_engine: GistEngine, passages: list[Passage]) -> None:
+def test_gist_key_is_made_of_space_and_content(
+    tiny_engine: GistEngine, passages: list[Passage]
+) -> None:
     key = GistKey(tiny_engine.space, passages[0].content)
     packed = tiny_engine.store.get(key)
     assert packed is not None

@@ -9,11 +9,12 @@ import unicodedata
 from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from gist_rag.errors import BadInput
 from gist_rag.matching import PassageMatcher
 from gist_rag.types import content_key, normalise
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 PASSAGES = [
     'The Loch Ness monster was first described as a "monster" on 2 May 1933.\n\nAlex Campbell\'s '

@@ -3,6 +3,9 @@ import logging
 
 import jinja2
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from gist_rag import prompt as prompt_module
 from gist_rag.matching import PassageMatcher
 from gist_rag.prompt import (
@@ -15,8 +18,6 @@ from gist_rag.prompt import (
     split_messages,
 )
 from gist_rag.types import content_key
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 NESS = (
     'The Loch Ness monster was first described as a "monster" on 2 May 1933.\n\n'

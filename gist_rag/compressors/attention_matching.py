@@ -170,18 +170,19 @@ class AttentionMatching(Compressor):
         for row, tokens in enumerate(repeat.num_tokens):
             mask[row, -tokens:] = 1 / tokens
         sizes = [s.num_slots for s in states]
-        join = lambda name: torch.cat([getattr(s, name).float() for s in states])
+        joined = (
+            torch.cat([getattr(s, name).float() for s in states])
+            for name in ("keys", "values", "bias")
+        )
         with torch.enable_grad():
-            free = [join(name).requires_grad_() for name in ("keys", "values", "bias")]
+            free = [x.requires_grad_() for x in joined]
             optimiser = torch.optim.Adam(free, lr=self.config.refine_lr)
             for _ in range(self.config.steps):
                 slots = _with(states, free, sizes)
-                student = backbone.read(
-                    self._context(slots), repeat.texts, num_logits=rows
-                )[:, :-1]
+                student = backbone.read(self._context(slots), repeat.texts, num_logits=rows)[:, :-1]
                 loss = (distill(teacher, student) * mask).sum()
                 optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimiser.step()
         return _with(states, [x.detach() for x in free], sizes)
 
@@ -208,7 +209,8 @@ class _Repeat:
         """Queries ``(L * H, G * Q_b, D)`` of one passage without padding."""
         longest, own = max(len(t.ids) for t in self.texts), len(self.texts[row].ids)
         grouped = self.queries[:, row].unflatten(2, (-1, longest))  # (L, H, G, Q, D)
-        return grouped[:, :, :, longest - own :].flatten(2, 3).flatten(0, 1)
+        queries: Tensor = grouped[:, :, :, longest - own :].flatten(2, 3).flatten(0, 1)
+        return queries
 
     def keys(self, row: int, layers: int) -> Tensor:
         """Keys ``(L * H, T, D)`` of one passage where the repeat pass saw them."""
@@ -217,9 +219,7 @@ class _Repeat:
         return keys[:, :, : self.num_tokens[row]].flatten(0, 1).float()
 
 
-def score(
-    queries: Tensor, prefix: Tensor, keys: Tensor, scaling: float, how: str
-) -> Tensor:
+def score(queries: Tensor, prefix: Tensor, keys: Tensor, scaling: float, how: str) -> Tensor:
     """Attention that each key of a passage gets, beside the prefix that always stands before it.
 
     Args:

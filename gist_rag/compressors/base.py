@@ -137,7 +137,9 @@ class Compressor(nn.Module):
             positions[row, : len(layout)] = layout.position
             mask[row, : len(layout), : len(layout)] = layout.mask()
         if gists is None:
-            return self.backbone.encode(ids, positions=positions, mask=None if causal else mask[:, None])
+            return self.backbone.encode(
+                ids, positions=positions, mask=None if causal else mask[:, None]
+            )
         source = source.to(self.backbone.device)
         table = self.backbone.embed(ids)
         tokens_at = source.clamp_min(0)[..., None].expand(-1, -1, table.shape[-1])
@@ -167,7 +169,9 @@ class Compressor(nn.Module):
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         if weights := self.state_dict():
-            save_file({k: v.contiguous() for k, v in weights.items()}, path / "compressor.safetensors")
+            save_file(
+                {k: v.contiguous() for k, v in weights.items()}, path / "compressor.safetensors"
+            )
         document = {
             "format": FORMAT,
             "backbone": self.backbone.name,

@@ -1,4 +1,4 @@
-"""``full``: keeps every token. The uncompressed-reuse baseline, and what other methods start from."""
+"""``full``: keeps every token. The uncompressed baseline, and what other methods start from."""
 
 from __future__ import annotations
 

@@ -48,10 +48,11 @@ class MeanPooled(Compressor):
         ends = window_ends(len(layout), self.config.ratio).to(hidden.device)
         counts = ends.diff(prepend=ends.new_zeros(1))
         window = torch.arange(len(ends), device=ends.device).repeat_interleave(counts)
-        pool = lambda x: (
-            x.new_zeros(*x.shape[:2], len(ends), x.shape[-1]).index_add(2, window, x)
-            / counts[:, None].to(x.dtype)
-        )
+
+        def pool(x: Tensor) -> Tensor:
+            summed = x.new_zeros(*x.shape[:2], len(ends), x.shape[-1]).index_add(2, window, x)
+            return summed / counts[:, None].to(x.dtype)
+
         bias = counts.float().log().expand(*keys.shape[:2], -1)
         return GistState.uniform(
             pool(keys),

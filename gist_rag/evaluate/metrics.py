@@ -58,5 +58,9 @@ def bootstrap(
     benefit = full[index].mean(1) - base
     with np.errstate(divide="ignore", invalid="ignore"):
         values = (arm[index].mean(1) - base) / benefit
-    low, high = np.nanpercentile(values[np.isfinite(values)], [2.5, 97.5]) if np.isfinite(values).any() else (np.nan, np.nan)
+    low, high = (
+        np.nanpercentile(values[np.isfinite(values)], [2.5, 97.5])
+        if np.isfinite(values).any()
+        else (np.nan, np.nan)
+    )
     return float(low), float(high)

@@ -106,7 +106,11 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> dict[s
                 predictions += _predict(backbone, arm, group, [r[arm] for r in readings])
         if progress:
             progress(first + len(group), len(examples), summarise(predictions))
-    return {"meta": _meta(config, backbone), "arms": summarise(predictions), "predictions": predictions}
+    return {
+        "meta": _meta(config, backbone),
+        "arms": summarise(predictions),
+        "predictions": predictions,
+    }
 
 
 def summarise(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -118,20 +122,28 @@ def summarise(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
             field: np.array([row[field] for row in rows], dtype=np.float64)
             for field in ("nll", "choice", "em", "contains", "f1", "kv_slots", "source_tokens")
         }
-    out: dict[str, Any] = {}
-    for name, scores in arms.items():
-        keep = lambda field: metrics.kept(scores[field], arms["closed"][field], arms["full"][field])
-        low, high = metrics.bootstrap(scores["nll"], arms["closed"]["nll"], arms["full"]["nll"])
-        out[name] = {
-            "n": len(scores["nll"]),
-            **{field: round(float(values.mean()), 4) for field, values in scores.items()},
-            "m_norm": round(keep("nll"), 4),
-            "m_norm_low": round(low, 4),
-            "m_norm_high": round(high, 4),
-            "m_norm_choice": round(keep("choice"), 4),
-            "m_norm_f1": round(keep("f1"), 4),
-        }
-    return out
+    return {name: _figures(scores, arms["closed"], arms["full"]) for name, scores in arms.items()}
+
+
+_FieldScores = dict[str, metrics.Scores]
+
+
+def _figures(arm: _FieldScores, closed: _FieldScores, full: _FieldScores) -> dict[str, Any]:
+    """Means of one arm, and the shares of the context's benefit that it keeps."""
+
+    def kept(field: str) -> float:
+        return round(metrics.kept(arm[field], closed[field], full[field]), 4)
+
+    low, high = metrics.bootstrap(arm["nll"], closed["nll"], full["nll"])
+    return {
+        "n": len(arm["nll"]),
+        **{field: round(float(values.mean()), 4) for field, values in arm.items()},
+        "m_norm": kept("nll"),
+        "m_norm_low": round(low, 4),
+        "m_norm_high": round(high, 4),
+        "m_norm_choice": kept("choice"),
+        "m_norm_f1": kept("f1"),
+    }
 
 
 class _Arms:
@@ -188,9 +200,7 @@ class _Arms:
         text: str = self.backbone.tokenizer.decode(ids)
         return text
 
-    def _plain(
-        self, question: str, texts: Sequence[str], slots: float, source: int
-    ) -> _Reading:
+    def _plain(self, question: str, texts: Sequence[str], slots: float, source: int) -> _Reading:
         ids = self.backbone.tokenize(self.backbone.render(rag_messages(question, texts)))
         prefix = self.backbone.prefix(ids[:-1])  # read once for scores and generation alike
         return _Reading(prefix, (), Local.after(ids[-1:], len(prefix), 0), slots, source)
@@ -262,7 +272,9 @@ def answer_losses(backbone: Backbone, reading: _Reading, answers: Sequence[str])
     logits = backbone.read(context, [local], mask=mask[None, None])[0].float().log_softmax(-1)
     losses, at = [], len(question.ids)
     for target in branches:
-        rows = torch.cat((torch.tensor([len(question.ids) - 1]), at + torch.arange(len(target) - 1)))
+        rows = torch.cat(
+            (torch.tensor([len(question.ids) - 1]), at + torch.arange(len(target) - 1))
+        )
         losses.append(float(-logits[rows, target.to(logits.device)].mean()))
         at += len(target) - 1
     return losses

@@ -16,7 +16,9 @@ from gist_rag.evaluate.metrics import contains
 
 NUM_CHOICES = 10
 MAX_CHOICE_WORDS = 8
-_ENTITY = re.compile(r"\b(?:[A-Z][\w'-]+(?: (?:of|the|de|[A-Z][\w'-]+))*(?<! of)(?<! the)|\d[\d,.]*\d|\d+)")
+_ENTITY = re.compile(
+    r"\b(?:[A-Z][\w'-]+(?: (?:of|the|de|[A-Z][\w'-]+))*(?<! of)(?<! the)|\d[\d,.]*\d|\d+)"
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Example:
 
 
 def load_task(path: Path | str, *, num_passages: int, limit: int, seed: int) -> list[Example]:
-    """Examples of a file of rows ``{"id","question","answers","passages":[{"title","text","gold"}]}``.
+    """Examples of a file of rows ``{"id", "question", "answers", "passages": [{"title", "text",
+    "gold"}]}``.
 
     The gold passage comes first, distractors follow in file order up to ``num_passages``; the
     order is then shuffled. The same seed gives the same examples.
@@ -49,9 +52,13 @@ def load_task(path: Path | str, *, num_passages: int, limit: int, seed: int) -> 
     rows = [row for row in _rows(Path(path)) if _gold(row) and row["answers"]]
     rows = [row for row in rows if len(row["passages"]) >= num_passages]
     if not rows:
-        raise BadInput(f"{path} has no row with an answer, a gold passage and {num_passages} passages")
+        raise BadInput(
+            f"{path} has no row with an answer, a gold passage and {num_passages} passages"
+        )
     random.Random(seed).shuffle(rows)
-    answers = sorted({row["answers"][0] for row in rows if len(row["answers"][0].split()) <= MAX_CHOICE_WORDS})
+    answers = sorted(
+        {row["answers"][0] for row in rows if len(row["answers"][0].split()) <= MAX_CHOICE_WORDS}
+    )
     return [_example(row, answers, num_passages, seed) for row in rows[:limit]]
 
 
@@ -75,7 +82,10 @@ def _choices(
     gold: Sequence[str], texts: Sequence[str], answers: Sequence[str], generator: random.Random
 ) -> tuple[str, ...]:
     """Wrong answers: half entity-like spans of the passages, half answers of other questions."""
-    wrong = lambda s: not any(contains(s, [g]) or contains(g, [s]) for g in gold)
+
+    def wrong(text: str) -> bool:
+        return not any(contains(text, [g]) or contains(g, [text]) for g in gold)
+
     spans = sorted({m.group() for text in texts for m in _ENTITY.finditer(text)})
     spans = [s for s in spans if len(s) > 1 and len(s.split()) <= MAX_CHOICE_WORDS and wrong(s)]
     near = generator.sample(spans, min(len(spans), NUM_CHOICES // 2))
@@ -106,7 +116,9 @@ def _gold(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _text(passage: dict[str, Any]) -> str:
-    return f"{passage['title']}\n{passage['text']}" if passage.get("title") else str(passage["text"])
+    return (
+        f"{passage['title']}\n{passage['text']}" if passage.get("title") else str(passage["text"])
+    )
 
 
 def _question(text: str) -> str:

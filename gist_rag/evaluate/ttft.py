@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gist_rag.engine import GistEngine, GistMode
+from gist_rag.engine import GistEngine
 from gist_rag.errors import BadInput
 from gist_rag.evaluate.runner import environment
 from gist_rag.models import DEFAULT_MODEL
@@ -46,31 +46,31 @@ def bench_ttft(
     sample = _sample()
     if not passages or max(passages) > len(sample) or min(passages) < 1 or repeats < 1:
         raise BadInput(f"passages must be 1 to {len(sample)} and repeats 1 or more")
-    say = progress or (lambda _: None)
     questions = [json.loads(line)["question"] for line in _lines("sqlite_questions.jsonl")]
     with tempfile.TemporaryDirectory() as folder, GistStore.open(folder, memory_bytes=0) as store:
         engine = GistEngine.from_pretrained(
             model, store, settings={"ratio": ratio}, codec=codec, dtype=dtype
         )
         empty = GistEngine(engine.backbone, engine.compressor)
-        say(f"compressing {max(passages)} passages")
+        if progress:
+            progress(f"compressing {max(passages)} passages")
         made = engine.precompute(sample[: max(passages)])
         rows = []
         for count in passages:
-            say(f"timing {count} passages")
+            if progress:
+                progress(f"timing {count} passages")
             runs: dict[str, list[Answer]] = {"text": [], "gist": [], "miss": []}
             for repeat in range(-1, repeats):
                 texts = [sample[(repeat + i) % max(passages)].text for i in range(count)]
                 prompt = rag_messages(questions[repeat % len(questions)], texts)
-                once = lambda e, mode: e.generate(prompt, Sampling(max_tokens=1), gist_mode=mode)  # noqa: B023
-                modes: list[tuple[str, GistEngine, GistMode]] = [
-                    ("text", engine, "off"),
-                    ("gist", engine, "require"),
-                    ("miss", empty, "auto"),
-                ]
-                for name, who, mode in modes:
-                    answer = once(who, mode)
-                    if repeat >= 0:
+                first = Sampling(max_tokens=1)
+                answers = {
+                    "text": engine.generate(prompt, first, gist_mode="off"),
+                    "gist": engine.generate(prompt, first, gist_mode="require"),
+                    "miss": empty.generate(prompt, first),
+                }
+                if repeat >= 0:
+                    for name, answer in answers.items():
                         runs[name].append(answer)
             rows.append(_row(count, runs))
         empty.close()
@@ -89,7 +89,10 @@ def bench_ttft(
 
 
 def _row(count: int, runs: dict[str, list[Answer]]) -> dict[str, Any]:
-    median = lambda name, field: statistics.median(getattr(a.stats, field) for a in runs[name])
+
+    def median(name: str, field: str) -> float:
+        return float(statistics.median(getattr(a.stats, field) for a in runs[name]))
+
     text, gist = median("text", "first_token_ms"), median("gist", "first_token_ms")
     return {
         "passages": count,

@@ -8,6 +8,7 @@ disk. Tables: ``meta`` (format and generation), ``spaces``, ``shards`` (how many
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sqlite3
 import threading
@@ -23,6 +24,8 @@ from gist_rag.store.shards import Place
 from gist_rag.types import GistKey, Passage
 
 FORMAT = 1
+
+logger = logging.getLogger(__name__)
 
 _BUSY_S = 30.0
 _PAGE_ROWS = 1000
@@ -168,7 +171,8 @@ class Manifest:
 
     def spaces(self) -> dict[str, dict[str, object]]:
         rows = self._rows("SELECT space, description FROM spaces ORDER BY created, space")
-        return {space: json.loads(description) for space, description in rows}
+        with _translated(self.path):
+            return {space: json.loads(description) for space, description in rows}
 
     def contents(self, space: str) -> list[str]:
         """Contents with an entry in a space, in the order their passages came."""
@@ -180,19 +184,24 @@ class Manifest:
         return [content for (content,) in rows]
 
     def passage(self, content: str) -> Passage | None:
-        rows = self._rows("SELECT text, id, metadata FROM passages WHERE content = ?", (content,))
+        rows = self._rows(
+            "SELECT content, text, id, metadata FROM passages WHERE content = ?", (content,)
+        )
         return _passage(*rows[0]) if rows else None
 
     def passages(self, space: str | None = None) -> Iterator[Passage]:
         """Passages in the order they came; with a space, those that have an entry there."""
         query = (
-            "SELECT position, text, id, metadata FROM passages WHERE position > ? AND "
+            "SELECT position, content, text, id, metadata FROM passages WHERE position > ? AND "
             "(? IS NULL OR EXISTS (SELECT 1 FROM entries WHERE space = ? "
             "AND entries.content = passages.content)) ORDER BY position LIMIT ?"
         )
         last = 0
         while rows := self._rows(query, (last, space, space, _PAGE_ROWS)):
-            yield from (_passage(*row[1:]) for row in rows)
+            for _, *fields in rows:
+                passage = _passage(*fields)
+                if passage is not None:
+                    yield passage
             last = rows[-1][0]
 
     def entries(self) -> Iterator[GistKey]:
@@ -327,13 +336,15 @@ class Manifest:
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    return sqlite3.connect(
+    connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?{mode}",
         uri=True,
         timeout=_BUSY_S,
         isolation_level=None,
         check_same_thread=False,
     )
+    connection.text_factory = lambda text: text.decode(errors="replace")
+    return connection
 
 
 def _mode(path: Path) -> str:
@@ -376,5 +387,14 @@ def _metadata(passage: Passage) -> str:
         raise BadInput(f"the metadata of passage {passage.id!r} is not JSON: {error}") from error
 
 
-def _passage(text: str, id: str, metadata: str) -> Passage:
-    return Passage(text=text, id=id, metadata=json.loads(metadata))
+def _passage(content: str, text: str, id: str, metadata: str) -> Passage | None:
+    """A passage as it was stored; ``None``, and a warning, when its row has changed since."""
+    try:
+        passage = Passage(text=text, id=id, metadata=json.loads(metadata))
+        if passage.content == content:
+            return passage
+    except (AttributeError, TypeError, ValueError) as error:
+        logger.warning("passage %s is damaged and left out: %s", content, error)
+    else:
+        logger.warning("passage %s is damaged and left out: its text has changed", content)
+    return None

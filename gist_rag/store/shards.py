@@ -45,19 +45,18 @@ class Shards:
         Raises:
             CorruptEntry: the bytes are gone, cut short or changed.
         """
-        path = self._path(place.shard)
         try:
-            with path.open("rb") as file:
-                # A damaged manifest may ask for anything; ask the file before taking memory.
+            with self._path(place.shard).open("rb") as file:
                 if os.fstat(file.fileno()).st_size < place.end:
-                    raise CorruptEntry(f"{path} ends before byte {place.end}")
+                    raise CorruptEntry(f"{place} lies beyond the end of its file")
                 blob = bytearray(place.length)
                 file.seek(place.offset)
                 file.readinto(blob)
-        except OSError as error:
-            raise CorruptEntry(f"{path} cannot be read: {error}") from error
+        # A damaged manifest may ask for anything, even for what is not a number.
+        except (OSError, OverflowError, TypeError, ValueError) as error:
+            raise CorruptEntry(f"{place} cannot be read: {error}") from error
         if _checksum(blob) != place.checksum:
-            raise CorruptEntry(f"{path}: bytes {place.offset} to {place.end} have changed")
+            raise CorruptEntry(f"the bytes at {place} have changed")
         return memoryview(blob)
 
     def append(

@@ -14,6 +14,7 @@ from gist_rag.compressors import make_compressor
 from gist_rag.compressors.attention_matching import (
     MAX_MASS,
     MIN_MASS,
+    REPEAT,
     match,
     nonnegative_least_squares,
     score,
@@ -111,7 +112,9 @@ def test_masses_stay_in_bounds(backbone: Backbone, passages: list[Passage]) -> N
     assert float(bias.exp().max()) <= MAX_MASS * 1.001
 
 
-def test_fast_keeps_keys_and_values_as_they_are(backbone: Backbone, passages: list[Passage]) -> None:
+def test_fast_keeps_keys_and_values_as_they_are(
+    backbone: Backbone, passages: list[Passage]
+) -> None:
     state = compress(backbone, passages[0], preset="fast")
     with torch.no_grad():
         [full] = make_compressor("full", backbone).compress([backbone.tokenize(passages[0].text)])
@@ -124,7 +127,7 @@ def test_fast_keeps_keys_and_values_as_they_are(backbone: Backbone, passages: li
 def test_refinement_brings_the_repeat_closer(backbone: Backbone, passages: list[Passage]) -> None:
     """KL between repeating from everything and from the slots falls with refinement steps."""
     ids = backbone.tokenize(passages[0].text)
-    request = backbone.tokenize("<|im_end|>\n<|im_start|>assistant\n")
+    request = backbone.tokenize(REPEAT + "<|im_end|>\n<|im_start|>assistant\n")
     before = backbone.tokenize("<|im_start|>user\n")
 
     @torch.no_grad()
@@ -136,4 +139,4 @@ def test_refinement_brings_the_repeat_closer(backbone: Backbone, passages: list[
     with torch.no_grad():
         target = logits(make_compressor("full", backbone).compress([ids])[0])
     loss = lambda **s: float(distill(target, logits(compress(backbone, passages[0], **s))).mean())
-    assert loss(refine_steps=20, refine_lr=0.03) < 0.9 * loss()
+    assert loss(refine_steps=20, refine_lr=0.03) < 0.5 * loss()

@@ -32,7 +32,9 @@ def compress(compressor: Compressor, ids: list[Tensor]) -> list[GistState]:
         return compressor.compress(ids)
 
 
-def test_shape_fits_the_backbone(compressor: Compressor, backbone: Backbone, ids: list[Tensor]) -> None:
+def test_shape_fits_the_backbone(
+    compressor: Compressor, backbone: Backbone, ids: list[Tensor]
+) -> None:
     for state, tokens in zip(compress(compressor, ids), ids, strict=True):
         assert (state.num_layers, state.num_heads) == (backbone.num_layers, backbone.num_heads)
         assert state.num_tokens == len(tokens)

@@ -109,8 +109,9 @@ class ChatGist(GistModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        make = lambda cancel: self._pieces(messages, stop, kwargs, cancel)
-        async for chunk in iterate_in_thread(make):
+        async for chunk in iterate_in_thread(
+            lambda cancel: self._pieces(messages, stop, kwargs, cancel)
+        ):
             yield chunk
 
     def _answer(

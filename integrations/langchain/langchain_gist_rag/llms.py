@@ -83,8 +83,9 @@ class GistLLM(GistModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        make = lambda cancel: self._pieces(prompt, stop, kwargs, cancel)
-        async for chunk in iterate_in_thread(make):
+        async for chunk in iterate_in_thread(
+            lambda cancel: self._pieces(prompt, stop, kwargs, cancel)
+        ):
             if run_manager is not None:
                 await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk

@@ -16,8 +16,8 @@ def slot_attention(
         query: ``(B, Hq, Q, D)`` after RoPE; query head ``i`` reads KV head ``i // (Hq // H)``.
         key: ``(B, H, K, D)`` after RoPE.
         value: ``(B, H, K, D)``.
-        bias: ``(B, H, Q, K)`` or ``(B, H, 1, K)``, added to the scaled logits; ``-inf`` hides a key.
-            Every query must see at least one key.
+        bias: ``(B, H, Q, K)`` or ``(B, H, 1, K)``, added to the scaled logits; ``-inf`` hides a
+            key. Every query must see at least one key.
         scaling: factor of the logits, usually ``D ** -0.5``.
 
     Returns:

@@ -1,0 +1,18 @@
+"""A LlamaIndex LLM that reads precompressed gists of known passages.
+
+>>> from llama_index.llms.gist_rag import GistLLM
+>>> llm = GistLLM(store="./gists")
+>>> llm.precompress(nodes)
+>>> index.as_query_engine(llm=llm).query("What is SQLite?")
+"""
+
+from gist_rag.errors import MissingExtra
+
+try:
+    from llama_index.llms.gist_rag.base import GistLLM
+except ModuleNotFoundError as error:
+    if error.name != "llama_index.core":
+        raise
+    raise MissingExtra("llama-index-core", "llama-index") from error
+
+__all__ = ["GistLLM"]
