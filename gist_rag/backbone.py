@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from gist_rag.errors import BadInput, ContextOverflow, UnsupportedBackbone
 from gist_rag.layout import Slots
+from gist_rag.sampling import Chooser
 from gist_rag.types import Sampling
 from gist_rag_kernels import slot_attention
 
@@ -425,7 +426,7 @@ class Backbone:
             ContextOverflow: a prompt with its answer needs more positions than the model has.
         """
         self._check_window(texts, sampling)
-        choosers = [_Chooser(s, self.device) for s in sampling]
+        choosers = [Chooser(s, self.device) for s in sampling]
         state = self._start(context, texts)
         done: set[int] = set()
         for step in range(max(s.max_tokens for s in sampling)):
@@ -531,29 +532,6 @@ class _Step:
             visible = nn.functional.pad(visible, (0, 1), value=True)
         reading = None if self.reading is None else Reading(self.reading.slots)
         return _Step(ids, self.positions[:, -1:] + 1, visible, self.cache, reading)
-
-
-class _Chooser:
-    """Picks one row's next token by its ``Sampling``."""
-
-    def __init__(self, sampling: Sampling, device: torch.device) -> None:
-        self.sampling = sampling
-        self.generator = torch.Generator(device)
-        if sampling.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(sampling.seed)
-
-    def __call__(self, logits: Tensor) -> int:
-        sampling = self.sampling
-        if sampling.temperature == 0:
-            return int(logits.argmax())
-        logits = logits.float() / sampling.temperature
-        if 0 < sampling.top_k < len(logits):
-            logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
-        probs, order = logits.softmax(-1).sort(descending=True)
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0)
-        return int(order[torch.multinomial(probs, 1, generator=self.generator)])
 
 
 @contextmanager

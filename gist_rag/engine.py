@@ -508,7 +508,8 @@ class GistEngine:
         if not error <= bound:
             raise GateFailed(
                 f"{self.backbone.name}: uncompressed gists differ from plain prefill by "
-                f"{error:.1e} of the logits' range (allowed: {bound:.0e}); this model cannot be read with gists"
+                f"{error:.1e} of the logits' range (allowed: {bound:.0e}); "
+                "this model cannot be read with gists"
             )
         self._checked = True
 

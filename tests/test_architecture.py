@@ -28,10 +28,19 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
     "gist_rag.models": (3, frozenset({"gist_rag.errors"})),
     "gist_rag.prompt": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
     "gist_rag.retrieval": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
+    "gist_rag.sampling": (3, frozenset({"gist_rag.types"})),
     "gist_rag.store": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
     "gist_rag.backbone": (
         4,
-        frozenset({"gist_rag.layout", "gist_rag.types", "gist_rag.errors", "gist_rag_kernels"}),
+        frozenset(
+            {
+                "gist_rag.errors",
+                "gist_rag.layout",
+                "gist_rag.sampling",
+                "gist_rag.types",
+                "gist_rag_kernels",
+            }
+        ),
     ),
     "gist_rag.compose": (
         5,

@@ -202,18 +202,13 @@ class Manifest:
                 passage = _passage(*fields)
                 if passage is not None:
                     yield passage
+            if rows[-1][0] <= last:
+                raise _damaged(self.path, "its passages are out of order")
             last = rows[-1][0]
 
-    def entries(self) -> Iterator[GistKey]:
+    def entries(self) -> list[GistKey]:
         """The keys of all entries."""
-        query = (
-            "SELECT space, content FROM entries WHERE (space, content) > (?, ?) "
-            "ORDER BY space, content LIMIT ?"
-        )
-        last = ("", "")
-        while rows := self._rows(query, (*last, _PAGE_ROWS)):
-            yield from (GistKey(*row) for row in rows)
-            last = rows[-1]
+        return [GistKey(*row) for row in self._rows("SELECT space, content FROM entries")]
 
     def totals(self) -> Totals:
         return Totals(*self._rows(_TOTALS)[0])
@@ -368,11 +363,16 @@ def _translated(path: Path) -> Iterator[None]:
         raise BadInput(f"the store at {path.parent} cannot be asked this: {error}") from error
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            raise CorruptEntry(
-                f"{path} is damaged ({error}); delete the store and make it again with "
-                "gist-rag precompute"
-            ) from error
+            raise _damaged(path, error) from error
         raise StoreWriteError(f"{path}: {error}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, reason: object) -> CorruptEntry:
+    return CorruptEntry(
+        f"{path} is damaged ({reason}); delete the store and make it again with gist-rag precompute"
+    )
 
 
 def _columns(place: Place) -> tuple[int, int, int, int]:

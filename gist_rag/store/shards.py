@@ -17,7 +17,10 @@ from gist_rag.errors import CorruptEntry
 
 @dataclass(frozen=True)
 class Place:
-    """Where a blob lies and its checksum. A store never gives one place to two blobs."""
+    """Where a blob lies. A store never gives one place to two blobs.
+
+    ``checksum`` covers the blob and its label, so that no blob is ever taken for another.
+    """
 
     shard: int
     offset: int
@@ -36,14 +39,14 @@ class Shards:
         self.folder = folder
         self.shard_bytes = shard_bytes
 
-    def read(self, place: Place) -> memoryview:
+    def read(self, place: Place, label: str) -> memoryview:
         """The blob at a place, checked, in memory of its own.
 
         It is read rather than mapped. Mapped bytes may be fetched from the disk again long after
         they were checked, and kill the process (SIGBUS) if the file was cut or the disk fails.
 
         Raises:
-            CorruptEntry: the bytes are gone, cut short or changed.
+            CorruptEntry: the bytes are gone, cut short or changed, or bear another label.
         """
         try:
             with self._path(place.shard).open("rb") as file:
@@ -55,19 +58,20 @@ class Shards:
         # A damaged manifest may ask for anything, even for what is not a number.
         except (OSError, OverflowError, TypeError, ValueError) as error:
             raise CorruptEntry(f"{place} cannot be read: {error}") from error
-        if _checksum(blob) != place.checksum:
+        if _checksum(blob, label) != place.checksum:
             raise CorruptEntry(f"the bytes at {place} have changed")
         return memoryview(blob)
 
     def append(
         self,
-        blobs: Iterable[bytes | memoryview],
+        blobs: Iterable[tuple[str, bytes | memoryview]],
         committed: Mapping[int, int],
         next_shard: int,
     ) -> list[Place]:
         """Write blobs behind the committed bytes and return once the disk has them.
 
         Args:
+            blobs: labels, which are not stored, and bytes, which are.
             committed: shard > bytes that count; the highest shard is continued.
             next_shard: number of the next new shard; begun when the last one is full, or when
                 ``committed`` is empty.
@@ -78,10 +82,10 @@ class Shards:
         if not self.folder.exists():
             self.folder.mkdir()
             _sync(self.folder.parent)
-        for blob in blobs:
+        for label, blob in blobs:
             if not shard or (end and end + len(blob) > self.shard_bytes):
                 shard, end, next_shard = next_shard, 0, next_shard + 1
-            place = Place(shard, end, len(blob), _checksum(blob))
+            place = Place(shard, end, len(blob), _checksum(blob, label))
             self._write(place, blob)
             places.append(place)
             end = place.end
@@ -112,9 +116,9 @@ class Shards:
             file.write(blob)
 
 
-def _checksum(blob: bytes | bytearray | memoryview) -> int:
-    """CRC-32: the guard is against accidents, and four times as fast as the quickest hash."""
-    return zlib.crc32(blob)
+def _checksum(blob: bytes | bytearray | memoryview, label: str) -> int:
+    """CRC-32: a guard against accidents, some times faster than the quickest hash."""
+    return zlib.crc32(blob, zlib.crc32(label.encode()))
 
 
 def _sync(path: Path) -> None:

@@ -72,8 +72,9 @@ class GistStore:
 
     Any number of processes and threads may read while one process writes; readers take no lock.
     A batch becomes visible as a whole, once its bytes are on the disk, so a writer that is killed
-    leaves the store as it was after its last batch. A broken gist is a miss, never an error.
-    Open a store after forking, not before.
+    leaves the store as it was after its last batch. A broken gist is a miss, never an error; a
+    manifest that SQLite can no longer read raises ``CorruptEntry``, from any method. Open a store
+    after forking, not before.
     """
 
     def __init__(self, path: Path, *, read_only: bool, memory_bytes: int, shard_bytes: int) -> None:
@@ -277,7 +278,10 @@ class GistStore:
             if not fresh:
                 return 0
             with self._undone_on_error(manifest):
-                blobs = (to_bytes(packed) for _, packed in fresh.values())
+                blobs = (
+                    (_label(GistKey(space, content)), to_bytes(packed))
+                    for content, (_, packed) in fresh.items()
+                )
                 places = self._shards.append(blobs, manifest.shards(), manifest.next_shard())
                 records = [
                     Record(passage, place, packed.num_tokens, num_slots(packed))
@@ -337,7 +341,7 @@ class GistStore:
         place = self._manifest.find(key)
         while place is not None:
             try:
-                packed = from_bytes(self._shards.read(place))
+                packed = from_bytes(self._shards.read(place, _label(key)))
             except CorruptEntry:
                 failed, place = place, self._manifest.find(key)
                 if place == failed:
@@ -408,18 +412,22 @@ class GistStore:
     def _rewrite(self, manifest: Manifest, freed: Sequence[int]) -> None:
         kept: list[GistKey] = []
 
-        def blobs() -> Iterator[memoryview]:
+        def blobs() -> Iterator[tuple[str, memoryview]]:
             for key, place in manifest.entries_in(freed):
                 try:
-                    blob = self._shards.read(place)
+                    blob = self._shards.read(place, _label(key))
                 except CorruptEntry as error:
                     self._report(key, error)
                 else:
                     kept.append(key)
-                    yield blob
+                    yield _label(key), blob
 
         places = self._shards.append(blobs(), {}, manifest.next_shard())
         manifest.move(list(zip(kept, places, strict=True)), freed)
+
+
+def _label(key: GistKey) -> str:
+    return f"{key.space} {key.content}"
 
 
 def _check_folder(folder: Path) -> None:

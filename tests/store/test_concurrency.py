@@ -77,7 +77,7 @@ def test_a_gist_that_moves_while_it_is_read_is_found(store: GistStore, items: It
     with ThreadPoolExecutor() as pool:
         reading = pool.submit(store.get, key)
         time.sleep(0.1)
-        (place,) = Shards(shard.parent, 10**6).append([blob], {}, 2)
+        (place,) = Shards(shard.parent, 10**6).append([(f"s {key.content}", blob)], {}, 2)
         manifest.move([(key, place)], [1])
         shard.open("wb").close()
 

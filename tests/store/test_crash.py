@@ -99,7 +99,7 @@ def test_what_a_killed_writer_left_is_cut_off(tmp_path: Path, batches) -> None:
     before = shard_files(tmp_path)
     manifest = Manifest(tmp_path / "manifest.sqlite")
     shards = Shards(tmp_path / "shards", SHARD_BYTES)
-    blobs = [to_bytes(packed) for batch in batches[5:15] for _, packed in batch]
+    blobs = [("label", to_bytes(packed)) for batch in batches[5:15] for _, packed in batch]
     shards.append(blobs, manifest.shards(), manifest.next_shard())
     manifest.close()
     assert len(shard_files(tmp_path)) > len(before)

@@ -7,7 +7,7 @@ import pytest
 from gist_rag.errors import CorruptEntry
 from gist_rag.store.shards import Place, Shards
 
-BLOBS = [bytes([i]) * 40 for i in range(1, 6)]
+BLOBS = [(f"label {i}", bytes([i]) * 40) for i in range(1, 6)]
 
 
 @pytest.fixture
@@ -22,7 +22,8 @@ def lengths(places: list[Place]) -> dict[int, int]:
 def test_blobs_come_back_from_their_places(shards: Shards) -> None:
     places = shards.append(BLOBS, {}, 1)
 
-    assert [bytes(shards.read(place)) for place in places] == BLOBS
+    for place, (label, blob) in zip(places, BLOBS, strict=True):
+        assert bytes(shards.read(place, label)) == blob
 
 
 def test_a_full_shard_is_followed_by_a_new_one(shards: Shards) -> None:
@@ -38,7 +39,7 @@ def test_a_full_shard_is_followed_by_a_new_one(shards: Shards) -> None:
 
 
 def test_a_blob_larger_than_a_shard_gets_one_of_its_own(shards: Shards) -> None:
-    places = shards.append([b"a" * 10, b"b" * 500, b"c" * 10], {}, 1)
+    places = shards.append([("a", b"a" * 10), ("b", b"b" * 500), ("c", b"c" * 10)], {}, 1)
 
     assert [place.shard for place in places] == [1, 2, 3]
 
@@ -61,32 +62,46 @@ def test_what_was_not_committed_is_cut_off(shards: Shards) -> None:
     shards.recover(committed)
 
     assert [p.name for p in shards.folder.iterdir()] == ["000001.gist"]
-    assert (shards.folder / "000001.gist").read_bytes() == BLOBS[0]
+    assert (shards.folder / "000001.gist").read_bytes() == BLOBS[0][1]
 
 
 def test_a_read_sees_what_was_appended_after_an_earlier_read(shards: Shards) -> None:
     first = shards.append(BLOBS[:1], {}, 1)
-    shards.read(first[0])
+    shards.read(first[0], "label 1")
     second = shards.append(BLOBS[1:2], lengths(first), 2)
 
-    assert bytes(shards.read(second[0])) == BLOBS[1]
+    assert bytes(shards.read(second[0], "label 2")) == BLOBS[1][1]
 
 
 def test_bytes_stay_as_they_were_read_when_their_file_is_cut(shards: Shards) -> None:
     (place,) = shards.append(BLOBS[:1], {}, 1)
-    blob = shards.read(place)
+    blob = shards.read(place, "label 1")
     (shards.folder / "000001.gist").write_bytes(b"")
 
-    assert bytes(blob) == BLOBS[0]
+    assert bytes(blob) == BLOBS[0][1]
+
+
+def test_a_blob_is_not_taken_for_another(shards: Shards) -> None:
+    (place,) = shards.append(BLOBS[:1], {}, 1)
+
+    with pytest.raises(CorruptEntry, match="have changed"):
+        shards.read(place, "label 2")
 
 
 @pytest.mark.parametrize(
     "place",
-    [Place(1, 0, 40, 0), Place(1, 0, 41, 0), Place(1, 2**60, 2**60, 0), Place(9, 0, 40, 0)],
-    ids=["wrong checksum", "too long", "absurd", "no such shard"],
+    [
+        Place(1, 0, 40, 0),
+        Place(1, 0, 41, 0),
+        Place(1, 2**60, 2**60, 0),
+        Place(1, 50, -20, 0),
+        Place(1, -20, 40, 0),
+        Place(9, 0, 40, 0),
+    ],
+    ids=["wrong checksum", "too long", "absurd", "negative length", "before", "no such shard"],
 )
 def test_a_place_that_does_not_hold_its_blob_is_corrupt(shards: Shards, place: Place) -> None:
     shards.append(BLOBS[:1], {}, 1)
 
     with pytest.raises(CorruptEntry):
-        shards.read(place)
+        shards.read(place, "label 1")

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import logging
+import random
 import resource
 import sqlite3
 import subprocess
@@ -12,7 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gist_rag.errors import BadInput, CorruptEntry, FormatTooNew, StoreLocked, StoreWriteError
+from gist_rag.errors import (
+    BadInput,
+    CorruptEntry,
+    FormatTooNew,
+    GistRagError,
+    StoreLocked,
+    StoreWriteError,
+)
 from gist_rag.store import GistStore, pack
 from gist_rag.store.codec import to_bytes
 from gist_rag.types import GistKey, PackedState, Passage, content_key
@@ -430,6 +439,55 @@ class TestDamage:
         assert store.contents("s") == [passage.content for passage, _ in stored[1:3]]
         assert list(store.verify()) == []
         assert store.put_many("s", stored[1:]) == 1
+
+
+class TestDamagedManifest:
+    @pytest.fixture
+    def items(self, make_item) -> list[tuple[Passage, PackedState]]:
+        return [make_item(number) for number in range(12)]
+
+    @pytest.fixture
+    def whole(self, store: GistStore, items) -> Path:
+        store.put_many("s", items)
+        store.close()
+        return store.path
+
+    def test_a_changed_text_is_left_out_and_logged(
+        self, whole: Path, items, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        manifest = whole / "manifest.sqlite"
+        manifest.write_bytes(manifest.read_bytes().replace(b"number 7.", b"number 8."))
+
+        with GistStore.open(whole) as store:
+            assert store.passage(items[7][0].content) is None
+            assert list(store.passages()) == [p for p, _ in items[:7] + items[8:]]
+        assert "its text has changed" in caplog.text
+
+    @pytest.mark.parametrize("seed", range(40))
+    def test_random_damage_never_gives_a_wrong_answer(self, whole: Path, items, seed: int) -> None:
+        manifest = whole / "manifest.sqlite"
+        blob = bytearray(manifest.read_bytes())
+        used = [place for place, byte in enumerate(blob) if byte]
+        generator = random.Random(seed)
+        for _ in range(generator.choice([1, 3, 20])):
+            blob[generator.choice(used)] = generator.randrange(256)
+        manifest.write_bytes(blob)
+
+        with contextlib.suppress(GistRagError), GistStore.open(whole) as store:
+            for passage, packed in items:
+                with contextlib.suppress(GistRagError):
+                    assert equal(store.get(key_of(passage)) or packed, packed)
+                    assert (store.passage(passage.content) or passage).text == passage.text
+            for use in (
+                store.spaces,
+                store.stats,
+                lambda: list(store.passages("s")),
+                lambda: list(store.verify()),
+                lambda: store.put_many("s", items),
+                store.compact,
+            ):
+                with contextlib.suppress(GistRagError):
+                    use()
 
 
 class TestForgetting:

@@ -31,6 +31,6 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f"langchain_gist_rag.{_HOMES[name]}"), name)
     except ModuleNotFoundError as error:
-        if error.name != "langchain_core":
+        if not (error.name or "").startswith("langchain_core"):
             raise
         raise MissingExtra("langchain-core", "langchain") from error

@@ -11,7 +11,7 @@ from gist_rag.errors import MissingExtra
 try:
     from llama_index.llms.gist_rag.base import GistLLM
 except ModuleNotFoundError as error:
-    if error.name != "llama_index.core":
+    if not (error.name or "").startswith("llama_index.core"):
         raise
     raise MissingExtra("llama-index-core", "llama-index") from error
 
