@@ -27,7 +27,7 @@ def normalise(text: str) -> str:
 
 def content_key(text: str) -> str:
     """sha256 (hex) of the normalised text: texts that differ in whitespace only are one passage."""
-    return hashlib.sha256(normalise(text).encode()).hexdigest()
+    return hashlib.sha256(normalise(text).encode(errors="surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)

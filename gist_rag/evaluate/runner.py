@@ -36,8 +36,8 @@ from gist_rag.types import GistState, Sampling
 
 TEXT_ARMS = ("closed", "full", "truncated")
 MARK = "\u241e"
-NEW_TOKENS = 20
-GROUP = 8
+NEW_TOKENS = 16
+GROUP = 16
 """Questions whose answers are generated together."""
 
 

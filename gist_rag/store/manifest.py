@@ -307,7 +307,10 @@ class Manifest:
             )
 
     def _meta(self, name: str) -> int:
-        return int(self._rows("SELECT value FROM meta WHERE name = ?", (name,))[0][0])
+        rows = self._rows("SELECT value FROM meta WHERE name = ?", (name,))
+        if not rows or not isinstance(rows[0][0], int):
+            raise _damaged(self.path, f"it states no {name}")
+        return rows[0][0]
 
     def _rows(self, query: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         """All rows at once: an open cursor would hold back the writer's checkpoints."""

@@ -463,7 +463,20 @@ class TestDamagedManifest:
             assert list(store.passages()) == [p for p, _ in items[:7] + items[8:]]
         assert "its text has changed" in caplog.text
 
-    @pytest.mark.parametrize("seed", range(40))
+    @pytest.mark.parametrize("name", [b"format", b"generation"], ids=bytes.decode)
+    def test_a_lost_number_is_named(self, whole: Path, name: bytes) -> None:
+        manifest = whole / "manifest.sqlite"
+        blob = manifest.read_bytes()
+        place = blob.rindex(name)
+        manifest.write_bytes(blob[:place] + b"?" + blob[place + 1 :])
+
+        with (
+            pytest.raises(CorruptEntry, match=f"states no {name.decode()}"),
+            GistStore.open(whole) as store,
+        ):
+            store.generation  # noqa: B018 - reading it is the act
+
+    @pytest.mark.parametrize("seed", range(20))
     def test_random_damage_never_gives_a_wrong_answer(self, whole: Path, items, seed: int) -> None:
         manifest = whole / "manifest.sqlite"
         blob = bytearray(manifest.read_bytes())
