@@ -1,11 +1,7 @@
 """RAG with LangChain, unmodified: the model reads retrieved passages as gists instead of text.
 
-    python examples/langchain_chain.py --limit 12
-
-Prints what two usual chains answer, and when the first token came from gists and from text.
+Prints what two usual chains answer, and when the first token came from text and from gists.
 """
-
-from __future__ import annotations
 
 import argparse
 from importlib.resources import files
@@ -23,50 +19,40 @@ from gist_rag.retrieval import read_corpus
 from langchain_gist_rag import ChatGist
 
 QUESTIONS = (
-    "How many columns does a 3-dimensional R*Tree virtual table have?",
-    "What is the default maximum length of a LIKE or GLOB pattern?",
+    "What is the default maximum length in bytes of a LIKE or GLOB pattern in SQLite?",
+    "About how many pages does the WAL file reach before a checkpoint runs automatically?",
 )
-PROMPT = ChatPromptTemplate.from_messages(
-    [
-        ("system", "Answer the question from the documents, in a few words."),
-        ("human", "Documents:\n\n{context}\n\nQuestion: {input}"),
-    ]
+SYSTEM = "Answer the question from the documents, in a few words."
+PROMPT = ChatPromptTemplate(
+    [("system", SYSTEM), ("human", "Documents:\n\n{context}\n\nQuestion: {input}")]
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="alias, folder or Hugging Face id")
-    parser.add_argument("--limit", type=int, default=12, help="passages of the sample to compress")
-    options = parser.parse_args()
-
-    corpus = read_corpus(
-        str(files("gist_rag") / "data" / "sqlite_passages.jsonl"), limit=options.limit
-    )
-    documents = [Document(p.text, metadata={"source": p.id}) for p in corpus]
+def main(model: str, limit: int) -> None:
+    sample = str(files("gist_rag") / "data" / "sqlite_passages.jsonl")
+    documents = [Document(p.text, id=p.id) for p in read_corpus(sample, limit=limit)]
     vectors = FAISS.from_documents(documents, HuggingFaceEmbeddings(model_name=embedder_folder()))
     retriever = vectors.as_retriever(search_kwargs={"k": 3})
 
-    llm = ChatGist(model=options.model, ratio=8, max_tokens=24)
+    llm = ChatGist(model=model, ratio=4, max_tokens=32)
     print(llm.precompress(documents, show_progress=True))
 
     context = retriever | (lambda found: "\n\n".join(d.page_content for d in found))
     prompt = {"context": context, "input": RunnablePassthrough()} | PROMPT
     for question in QUESTIONS:
-        gists = (prompt | llm).invoke(question)
-        text = (prompt | llm.bind(gist_mode="off")).invoke(question)
-        read, plain = gists.response_metadata["gist"], text.response_metadata["gist"]
-        print(
-            f"\n{question}\n  from text : {text.text!r}, first token {plain['first_token_ms']:.0f} ms"
-        )
-        print(f"  from gists: {gists.text!r}, first token {read['first_token_ms']:.0f} ms")
-        print(
-            f"  {read['hits']} passages, {read['source_tokens']} tokens in {read['gist_tokens']} slots"
-        )
+        print(f"\n{question}")
+        for reader in (llm.bind(gist_mode="off"), llm):
+            answer = (prompt | reader).invoke(question)
+            gist = answer.response_metadata["gist"]
+            print(f"{gist['hits']} passages as gists, first token {gist['first_token_ms']:.0f} ms:")
+            print(" ", answer.text)
 
     classic = create_retrieval_chain(retriever, create_stuff_documents_chain(llm, PROMPT))
-    print("\ncreate_retrieval_chain:", repr(classic.invoke({"input": QUESTIONS[0]})["answer"]))
+    print("\ncreate_retrieval_chain:", classic.invoke({"input": QUESTIONS[0]})["answer"])
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="alias, folder or Hugging Face id")
+    parser.add_argument("--limit", type=int, default=8, help="passages of the sample to compress")
+    main(**vars(parser.parse_args()))

@@ -60,17 +60,20 @@ class AttentionMatching(Compressor):
 
         score    s_j = RMS over queries i of softmax_j(q_i k_j), over prefix and passage
         select   the M best of all layers and heads together: heads keep what they need
-        mass     min over w >= 0 of  sum_i (sum_j a_ij w_j - 1)^2          (log w is the slot bias)
-        value    min over V' of      sum_i |sum_j x_ij v'_j - o_i|^2       x: attention of the kept
+        mass     min over w >= 0 of  sum_i p_i^2 (sum_j a_ij w_j - 1)^2    (log w is the slot bias)
+        value    min over V' of      sum_i p_i^2 |sum_j x_ij v'_j - o_i|^2
         refine   a few steps of KL(repeat from all KV || repeat from the kept slots)
+
+    a is attention over the passage alone, x that over the kept slots with their masses, o the
+    output of all slots, p_i how much query i looks at the passage rather than at the prefix.
 
     Matching mass *and* output makes a compressed block a drop-in for the whole one beside any
     other block (Attention Matching, arXiv:2602.16284, sections 3-4). The repeat pass as the source
     of queries, and selection under one budget, follow KVzip (arXiv:2505.23416).
 
-    What differs from the papers: one budget over layers and heads *and* the fit; non-negative
-    masses by accelerated projected gradient, batched, instead of one NNLS per head; values are
-    regularised towards the originals; the refinement is ours (a Cartridge per passage,
+    What differs from the papers: one budget over layers and heads *and* the fit; fits weighted by
+    p; non-negative masses by accelerated projected gradient, batched, instead of one NNLS per head;
+    values are regularised towards the originals; the refinement is ours (a Cartridge per passage,
     arXiv:2506.06266, started from the fit).
 
     When to choose it: whenever nothing has been trained. ``fast`` and ``balanced`` cost about two
@@ -133,14 +136,13 @@ class AttentionMatching(Compressor):
         """Select and fit the slots of one passage."""
         scaling = self.backbone.scaling
         queries, keys = repeat.asked(row), repeat.keys(row, self.backbone.num_layers)
-        scores = score(
-            queries, self._prefix.keys.flatten(0, 1).float(), keys, scaling, self.config.score
-        )
+        prefix = self._prefix.keys.flatten(0, 1).float()
+        scores, share = score(queries, prefix, keys, scaling, self.config.score)
         keep = self._select(scores)
         values = full.values.float().view(len(keep), full.num_tokens, -1)
         bias, kept_values = full.bias.new_zeros(int(keep.sum())), values[keep]
         if self.config.preset != "fast":
-            mass, kept_values = match(queries, keys, values, keep, scaling)
+            mass, kept_values = match(queries, keys, values, keep, share, scaling)
             bias = mass.log()
         counts = keep.sum(1)
         return replace(
@@ -219,7 +221,9 @@ class _Repeat:
         return keys[:, :, : self.num_tokens[row]].flatten(0, 1).float()
 
 
-def score(queries: Tensor, prefix: Tensor, keys: Tensor, scaling: float, how: str) -> Tensor:
+def score(
+    queries: Tensor, prefix: Tensor, keys: Tensor, scaling: float, how: str
+) -> tuple[Tensor, Tensor]:
     """Attention that each key of a passage gets, beside the prefix that always stands before it.
 
     Args:
@@ -228,18 +232,20 @@ def score(queries: Tensor, prefix: Tensor, keys: Tensor, scaling: float, how: st
         keys: ``(R, T, D)`` keys after RoPE.
 
     Returns:
-        ``(R, T)``: RMS or maximum over the queries.
+        Scores ``(R, T)``, RMS or maximum over the queries, and ``(R, Q)`` the share of each query's
+        attention that the passage as a whole gets.
     """
-    out = []
+    scores, shares = [], []
     for rows in _chunks(len(queries), queries.shape[1] * (prefix.shape[1] + keys.shape[1])):
         every = torch.cat((prefix[rows], keys[rows]), dim=1).transpose(1, 2)
         attention = (queries[rows] @ every * scaling).softmax(-1)[..., prefix.shape[1] :]
-        out.append(attention.amax(1) if how == "max" else attention.square().mean(1).sqrt())
-    return torch.cat(out)
+        scores.append(attention.amax(1) if how == "max" else attention.square().mean(1).sqrt())
+        shares.append(attention.sum(-1))
+    return torch.cat(scores), torch.cat(shares)
 
 
 def match(
-    queries: Tensor, keys: Tensor, values: Tensor, keep: Tensor, scaling: float
+    queries: Tensor, keys: Tensor, values: Tensor, keep: Tensor, share: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Masses and values with which the kept slots stand for all slots.
 
@@ -248,6 +254,7 @@ def match(
         keys: ``(R, T, D)`` after RoPE.
         values: ``(R, T, D)``.
         keep: ``(R, T)`` bool; rows may keep different numbers, also none.
+        share: ``(R, Q)`` weight of each query in the fits: how much it looks at the passage at all.
 
     Returns:
         Masses ``(m,)`` and values ``(m, D)`` of the kept slots, in (row, token) order.
@@ -261,26 +268,33 @@ def match(
         index = keep[rows].to(torch.int8).sort(dim=1, descending=True, stable=True).indices
         index = index[:, :width]  # (r, n): kept tokens in order, then padding
         real = keep[rows].gather(1, index)
-        w, v = _fit(queries[rows], keys[rows], values[rows], index, real, scaling)
+        weight = share[rows] / share[rows].square().mean(1, keepdim=True).sqrt().clamp_min(1e-9)
+        attention = (queries[rows] @ keys[rows].transpose(1, 2) * scaling).softmax(-1)
+        w, v = _fit(attention, values[rows], index, real, weight[..., None])
         mass[rows[:, None], index] = torch.where(real, w, 1.0)
         fitted[rows[:, None], index] = v
     return mass[keep], fitted[keep]
 
 
 def _fit(
-    queries: Tensor, keys: Tensor, values: Tensor, index: Tensor, real: Tensor, scaling: float
+    attention: Tensor, values: Tensor, index: Tensor, real: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Masses ``(R, n)`` and values ``(R, n, D)`` of the slots ``index``, padded where not real."""
-    attention = (queries @ keys.transpose(1, 2) * scaling).softmax(-1)  # (R, Q, T)
+    """Masses ``(R, n)`` and values ``(R, n, D)`` of the slots ``index``, padded where not real.
+
+    ``attention`` is ``(R, Q, T)``, ``weight`` ``(R, Q, 1)``.
+    """
     kept = attention.gather(2, index[:, None].expand(-1, attention.shape[1], -1)) * real[:, None]
-    gram = kept.transpose(1, 2) @ kept
-    mass = nonnegative_least_squares(gram, kept.sum(1)).clamp(MIN_MASS, MAX_MASS)
+    part = kept * weight
+    target = (part * weight).sum(1)
+    mass = nonnegative_least_squares(part.transpose(1, 2) @ part, target)
+    mass = mass.clamp(MIN_MASS, MAX_MASS)
 
     read = kept * mass[:, None]
     read = read / read.sum(-1, keepdim=True).clamp_min(1e-9)
     old = values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
-    residual = attention @ values - read @ old
-    ridge = RIDGE * queries.shape[1] / real.sum(1, keepdim=True)
+    residual = (attention @ values - read @ old) * weight
+    read = read * weight
+    ridge = RIDGE * attention.shape[1] / real.sum(1, keepdim=True)
     gram = read.transpose(1, 2) @ read + torch.where(real, ridge, 1.0).diag_embed()
     delta = torch.cholesky_solve(read.transpose(1, 2) @ residual, torch.linalg.cholesky(gram))
     return mass, old + delta

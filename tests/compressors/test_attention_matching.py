@@ -39,7 +39,9 @@ def test_masses_are_as_good_as_scipy_nnls() -> None:
 
 def test_keeping_everything_changes_nothing() -> None:
     queries, keys, values = torch.randn(4, 50, 16), torch.randn(4, 12, 16), torch.randn(4, 12, 16)
-    mass, fitted = match(queries, keys, values, torch.ones(4, 12, dtype=torch.bool), 0.25)
+    mass, fitted = match(
+        queries, keys, values, torch.ones(4, 12, dtype=torch.bool), torch.ones(4, 50), 0.25
+    )
     assert torch.allclose(mass, torch.ones(48), atol=1e-2)
     assert torch.allclose(fitted, values.flatten(0, 1), atol=1e-2)
 
@@ -50,7 +52,7 @@ def test_fitted_slots_stand_for_all_slots_better_than_plain_ones() -> None:
     attention = (queries @ keys.transpose(1, 2) * 0.25).softmax(-1)
     keep = torch.zeros(6, 40, dtype=torch.bool)
     keep.scatter_(1, attention.square().mean(1).topk(10).indices, True)
-    mass, fitted = match(queries, keys, values, keep, 0.25)
+    mass, fitted = match(queries, keys, values, keep, torch.ones(6, 80), 0.25)
 
     target, part = attention @ values, attention[keep[:, None].expand(-1, 80, -1)]
     part = part.view(6, 80, 10)
@@ -65,7 +67,7 @@ def test_rows_that_keep_nothing_are_skipped() -> None:
     queries, keys, values = torch.randn(3, 20, 8), torch.randn(3, 9, 8), torch.randn(3, 9, 8)
     keep = torch.zeros(3, 9, dtype=torch.bool)
     keep[1, 2:5] = True
-    mass, fitted = match(queries, keys, values, keep, 0.3)
+    mass, fitted = match(queries, keys, values, keep, torch.ones(3, 20), 0.3)
     assert mass.shape == (3,)
     assert fitted.shape == (3, 8)
 
@@ -73,18 +75,21 @@ def test_rows_that_keep_nothing_are_skipped() -> None:
 def test_chunking_does_not_change_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, keys, values = torch.randn(7, 30, 8), torch.randn(7, 20, 8), torch.randn(7, 20, 8)
     keep = torch.rand(7, 20) > 0.6
-    whole = match(queries, keys, values, keep, 0.3)
+    share = torch.rand(7, 30)
+    whole = match(queries, keys, values, keep, share, 0.3)
     monkeypatch.setattr("gist_rag.compressors.attention_matching.CHUNK", 1)
-    parts = match(queries, keys, values, keep, 0.3)
+    parts = match(queries, keys, values, keep, share, 0.3)
     assert torch.allclose(whole[0], parts[0], atol=1e-4)
     assert torch.allclose(whole[1], parts[1], atol=1e-4)
 
 
 def test_scores_count_what_the_prefix_takes_away() -> None:
     queries, keys = torch.randn(2, 10, 8), torch.randn(2, 6, 8)
-    alone = score(queries, torch.zeros(2, 0, 8), keys, 0.3, "rms")
-    beside = score(queries, queries[:, :1] * 10, keys, 0.3, "rms")
+    alone, whole = score(queries, torch.zeros(2, 0, 8), keys, 0.3, "rms")
+    beside, share = score(queries, queries[:, :1] * 10, keys, 0.3, "rms")
+    assert torch.allclose(whole, torch.ones(2, 10))
     assert (beside <= alone + 1e-6).all()
+    assert (share < 1).all()
 
 
 def compress(backbone: Backbone, passage: Passage, **settings: object) -> GistState:
@@ -140,3 +145,16 @@ def test_refinement_brings_the_repeat_closer(backbone: Backbone, passages: list[
         target = logits(make_compressor("full", backbone).compress([ids])[0])
     loss = lambda **s: float(distill(target, logits(compress(backbone, passages[0], **s))).mean())
     assert loss(refine_steps=20, refine_lr=0.03) < 0.5 * loss()
+
+
+def test_queries_that_look_elsewhere_do_not_count(backbone: Backbone) -> None:
+    """A query without attention on the passage has no say in the fit."""
+    queries, keys, values = torch.randn(2, 40, 8), torch.randn(2, 16, 8), torch.randn(2, 16, 8)
+    keep = torch.zeros(2, 16, dtype=torch.bool)
+    keep[:, ::3] = True
+    share = torch.ones(2, 40)
+    share[:, 20:] = 0
+    weighted = match(queries, keys, values, keep, share, 0.3)
+    alone = match(queries[:, :20], keys, values, keep, torch.ones(2, 20), 0.3)
+    assert torch.allclose(weighted[0], alone[0], atol=1e-2)
+    assert torch.allclose(weighted[1], alone[1], atol=0.05)
