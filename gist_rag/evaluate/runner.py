@@ -10,12 +10,8 @@ token than nine others (``choice``), and what a greedy answer contains.
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +25,7 @@ from gist_rag.compose import Placed, Positions, compose, place
 from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.errors import BadInput
 from gist_rag.evaluate import metrics
+from gist_rag.evaluate.environment import environment
 from gist_rag.evaluate.tasks import Example, load_task
 from gist_rag.models import DEFAULT_MODEL, load_model
 from gist_rag.prompt import rag_messages
@@ -300,32 +297,3 @@ def _meta(config: EvaluateConfig, backbone: Backbone) -> dict[str, Any]:
         "prompt": rag_messages("{question}", ["{passages}"]),
         **environment(),
     }
-
-
-def environment() -> dict[str, Any]:
-    """Machine, versions, commit and command, for result files."""
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent,
-        ).stdout.strip()
-    except OSError:
-        commit = ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "gist-rag")},
-        "commit": commit,
-        "command": " ".join(["gist-rag", *sys.argv[1:]]),
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

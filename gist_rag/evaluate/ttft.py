@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from gist_rag.engine import GistEngine
 from gist_rag.errors import BadInput
-from gist_rag.evaluate.runner import environment
+from gist_rag.evaluate.environment import environment, sample_passages, sample_questions
 from gist_rag.models import DEFAULT_MODEL
 from gist_rag.prompt import rag_messages
 from gist_rag.store import GistStore
-from gist_rag.types import Answer, Passage, Sampling
-
-SAMPLE = Path(__file__).parents[1] / "data"
+from gist_rag.types import Answer, Sampling
 
 
 def bench_ttft(
@@ -43,10 +39,9 @@ def bench_ttft(
     Raises:
         BadInput: more passages than the sample has.
     """
-    sample = _sample()
+    sample, questions = sample_passages(), sample_questions()
     if not passages or max(passages) > len(sample) or min(passages) < 1 or repeats < 1:
         raise BadInput(f"passages must be 1 to {len(sample)} and repeats 1 or more")
-    questions = [json.loads(line)["question"] for line in _lines("sqlite_questions.jsonl")]
     with tempfile.TemporaryDirectory() as folder, GistStore.open(folder, memory_bytes=0) as store:
         engine = GistEngine.from_pretrained(
             model, store, settings={"ratio": ratio}, codec=codec, dtype=dtype
@@ -107,12 +102,3 @@ def _row(count: int, runs: dict[str, list[Answer]]) -> dict[str, Any]:
         "read_ms": round(median("gist", "read_ms"), 2),
         "bytes": round(median("gist", "num_bytes")),
     }
-
-
-def _lines(name: str) -> list[str]:
-    return (SAMPLE / name).read_text(encoding="utf8").splitlines()
-
-
-def _sample() -> list[Passage]:
-    rows = [json.loads(line) for line in _lines("sqlite_passages.jsonl")]
-    return [Passage(f"{row['title']}\n{row['text']}", id=row["id"]) for row in rows]

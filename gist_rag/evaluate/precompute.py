@@ -1,0 +1,72 @@
+"""``bench precompute``: seconds per passage of each preset, beside one plain prefill of it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from gist_rag.backbone import Backbone
+from gist_rag.compressors import make_compressor
+from gist_rag.errors import BadInput
+from gist_rag.evaluate.environment import environment, sample_passages
+from gist_rag.models import DEFAULT_MODEL, load_model
+
+PRESETS = ("fast", "balanced", "best")
+
+
+def bench_precompute(
+    passages: int = 6,
+    *,
+    model: str = DEFAULT_MODEL,
+    ratio: float = 8.0,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Medians over passages of the shipped sample, one at a time, presets and prefill interleaved.
+
+    Args:
+        passages: how many to time, after one that warms up.
+
+    Raises:
+        BadInput: more passages than the sample has.
+    """
+    sample = sample_passages()
+    if not 1 <= passages < len(sample):
+        raise BadInput(f"passages is {passages}; it must be 1 to {len(sample) - 1}")
+    backbone = Backbone(*load_model(model, dtype=dtype), name=model)
+    arms = {"prefill": make_compressor("full", backbone)}
+    for preset in PRESETS:
+        settings = {"ratio": ratio, "preset": preset}
+        arms[preset] = make_compressor("attention_matching", backbone, settings)
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    tokens = []
+    for number, passage in enumerate(sample[: passages + 1]):
+        ids = backbone.tokenize(passage.text)
+        for name, compressor in arms.items():
+            started = time.perf_counter()
+            with torch.no_grad():
+                _ = backbone.prefix(ids) if name == "prefill" else compressor.compress([ids])
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+        tokens.append(len(ids))
+    prefill = statistics.median(seconds["prefill"])
+    return {
+        "meta": {
+            "model": model,
+            "ratio": ratio,
+            "dtype": str(backbone.dtype),
+            "passages": passages,
+            "median_tokens": statistics.median(tokens[1:]),
+            **environment(),
+        },
+        "results": [
+            {
+                "preset": name,
+                "seconds_per_passage": round(statistics.median(times), 3),
+                "prefills": round(statistics.median(times) / prefill, 2),
+            }
+            for name, times in seconds.items()
+        ],
+    }

@@ -1,0 +1,133 @@
+"""``evaluate`` on a tiny model: the arms are what they say, and the scores are right."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gist_rag.backbone import Backbone, Local
+from gist_rag.errors import BadInput
+from gist_rag.evaluate.runner import EvaluateConfig, _Reading, answer_losses, evaluate
+from gist_rag.evaluate.tasks import NUM_CHOICES, load_task
+from gist_rag.evaluate.ttft import bench_ttft
+
+QUESTIONS = Path(__file__).parents[2] / "gist_rag" / "data" / "sqlite_questions.jsonl"
+
+
+@pytest.fixture(scope="module")
+def result(tiny_model_folder: Path) -> dict[str, Any]:
+    arms = ("truncated", "reuse", "strided", "mean_pooled", "attention_matching", "strided@2")
+    return evaluate(
+        EvaluateConfig(
+            task=QUESTIONS, model=str(tiny_model_folder), ratio=4, passages=3, limit=4, arms=arms
+        )
+    )
+
+
+def test_every_arm_answers_every_question(result: dict[str, Any]) -> None:
+    assert list(result["arms"]) == [
+        "closed", "full", "truncated", "reuse", "strided", "mean_pooled", "attention_matching",
+        "strided@2",
+    ]  # fmt: skip
+    assert {arm["n"] for arm in result["arms"].values()} == {4}
+    assert len(result["predictions"]) == 4 * len(result["arms"])
+
+
+def test_references_are_0_and_1(result: dict[str, Any]) -> None:
+    assert abs(result["arms"]["closed"]["m_norm"]) == 0
+    assert result["arms"]["full"]["m_norm"] == 1
+
+
+def test_slots_follow_the_ratio(result: dict[str, Any]) -> None:
+    source = result["arms"]["full"]["kv_slots"]
+    assert result["arms"]["reuse"]["kv_slots"] == source
+    for arm, ratio in (
+        ("strided", 4),
+        ("attention_matching", 4),
+        ("truncated", 4),
+        ("strided@2", 2),
+    ):
+        assert result["arms"][arm]["kv_slots"] == pytest.approx(source / ratio, rel=0.05)
+
+
+def test_the_result_names_its_origin(result: dict[str, Any]) -> None:
+    assert {
+        "task",
+        "model",
+        "model_fingerprint",
+        "device",
+        "commit",
+        "command",
+        "prompt",
+        "seed",
+    } <= (result["meta"].keys())
+    json.dumps(result)
+
+
+def test_branches_score_as_each_answer_read_alone(backbone: Backbone) -> None:
+    prompt = backbone.tokenize("The rollback journal is")
+    prefix = backbone.prefix(prompt[:-1])
+    reading = _Reading(prefix, (), Local.after(prompt[-1:], len(prefix), 0), 0, 0)
+    answers = [" deleted", " a separate file", "WAL"]
+    losses = answer_losses(backbone, reading, answers)
+    end = torch.tensor([min(backbone.stop_ids)])
+    for loss, answer in zip(losses, answers, strict=True):
+        target = torch.cat((backbone.tokenize(answer), end))
+        whole = torch.cat((prompt, target))
+        with torch.no_grad():
+            logits = backbone.model(whole[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        alone = -logits.gather(1, target[:, None]).mean()
+        assert loss == pytest.approx(float(alone), abs=1e-3)
+
+
+def test_examples_are_the_same_for_the_same_seed() -> None:
+    load = lambda seed: load_task(QUESTIONS, num_passages=3, limit=5, seed=seed)
+    assert load(1) == load(1)
+    assert load(1) != load(2)
+
+
+def test_one_passage_is_the_gold_one() -> None:
+    for example in load_task(QUESTIONS, num_passages=1, limit=30, seed=0):
+        assert example.answers[0].lower() in example.passages[0].lower()
+
+
+def test_choices_are_wrong_and_enough() -> None:
+    for example in load_task(QUESTIONS, num_passages=5, limit=30, seed=0):
+        assert len(example.choices) == len(set(example.choices)) == NUM_CHOICES - 1
+        assert not {a.lower() for a in example.answers} & {c.lower() for c in example.choices}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["{"], "line 1 is no JSON"),
+        (['{"id": 1, "question": "q", "answers": ["a"]}'], "line 1: no passages"),
+        ([], "no row"),
+        (['{"id": 1, "question": "q", "answers": ["a"], "passages": []}'], "no row"),
+    ],
+)
+def test_bad_tasks_are_refused(tmp_path: Path, lines: list[str], message: str) -> None:
+    path = tmp_path / "task.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.write("\n".join(lines))
+    with pytest.raises(BadInput, match=message):
+        load_task(path, num_passages=1, limit=1, seed=0)
+
+
+def test_a_missing_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="cannot read"):
+        load_task(tmp_path / "none.jsonl", num_passages=1, limit=1, seed=0)
+
+
+def test_ttft_rows_have_all_parts(tiny_model_folder: Path) -> None:
+    bench = bench_ttft([1, 3], model=str(tiny_model_folder), repeats=1)
+    assert [row["passages"] for row in bench["results"]] == [1, 3]
+    for row in bench["results"]:
+        parts = row["match_ms"] + row["load_ms"] + row["compose_ms"] + row["read_ms"]
+        assert parts == pytest.approx(row["ttft_gist_ms"], rel=0.2, abs=1)
+        assert row["speedup"] == pytest.approx(row["ttft_text_ms"] / row["ttft_gist_ms"], rel=0.05)
