@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -40,6 +40,9 @@ PACKAGES = (
     "triton",
 )
 
+COMPRESSOR = "attention_matching"
+"""``compressors.DEFAULT_COMPRESSOR``, which needs torch."""
+
 app = typer.Typer(
     help="Compress RAG passages once into small KV states, and answer from those.",
     no_args_is_help=True,
@@ -56,6 +59,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
 Model = Annotated[str, typer.Option(help="Alias, local folder or Hugging Face id.")]
 Method = Annotated[str, typer.Option(help="Name of a method, or folder of a trained compressor.")]
+Dtype = Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16, float16.")]
 Ratio = Annotated[float | None, typer.Option(help="Tokens per kept slot.")]
 Preset = Annotated[str | None, typer.Option(help="fast, balanced or best.")]
 RefineSteps = Annotated[int | None, typer.Option(help="Steps of self-distillation per passage.")]
@@ -77,7 +81,7 @@ def precompute(
     corpus: Annotated[Path, typer.Option(help="JSONL file of passages, or .jsonl.gz.")],
     store: StoreFolder,
     model: Model = DEFAULT_MODEL,
-    compressor: Method = "attention_matching",
+    compressor: Method = COMPRESSOR,
     ratio: Ratio = None,
     preset: Preset = None,
     refine_steps: RefineSteps = None,
@@ -107,7 +111,7 @@ def precompute(
                 codec=codec,
                 namespace=namespace,
             )
-        with engine, _bar("compressing", as_json) as progress:
+        with engine, _bar("passages", hidden=as_json) as progress:
             fill = engine.precompute if no_index else GistRAG(engine).build
             done = fill(passages, progress=progress)
         text_bytes = sum(len(passage.text.encode()) for passage in passages)
@@ -191,14 +195,14 @@ def demo(
         with _loading(DEFAULT_MODEL):
             engine = DemoEngine.from_pretrained(store=store)
         with engine:
-            with _bar("compressing", as_json) as progress:
+            with _bar("passages", hidden=as_json) as progress:
                 GistRAG(engine).build(passages, progress=progress)
             for shown in run(engine, passages):
                 results.append(asdict(shown))
                 if not as_json:
                     _echo(_demo_lines(results[-1]))
         if as_json:
-            _print_json(results)
+            _print_json({"answers": results})
     if any(row["read_as_gists"] < row["retrieved"] for row in results):
         raise typer.Exit(1)
 
@@ -207,7 +211,7 @@ def demo(
 def evaluate(
     task: Annotated[Path, typer.Option(help="JSONL file of questions, or .jsonl.gz.")],
     out: Annotated[Path, typer.Option(help="Where the result goes, as JSON.")],
-    compressor: Method = "attention_matching",
+    compressor: Method = COMPRESSOR,
     ratio: Annotated[float, typer.Option(help="Tokens per kept slot.")] = 8.0,
     passages: Annotated[int, typer.Option(help="Passages per question.")] = 1,
     limit: Annotated[int, typer.Option(help="Questions.")] = 100,
@@ -217,6 +221,7 @@ def evaluate(
     preset: Preset = None,
     refine_steps: RefineSteps = None,
     positions: Annotated[str, typer.Option(help="parallel or sequence.")] = "parallel",
+    dtype: Dtype = None,
 ) -> None:
     """Score a compressor on questions, beside full text and controls."""
     with _reported(as_json=False):
@@ -225,8 +230,8 @@ def evaluate(
         from gist_rag.evaluate.runner import EvaluateConfig
         from gist_rag.evaluate.runner import evaluate as run
 
-        if not out.parent.is_dir():
-            raise BadInput(f"there is no folder {out.parent} for the result; make it first")
+        if not out.parent.is_dir() or out.is_dir():
+            raise BadInput(f"--out is {out}; it must be a file in a folder that is there")
         options = {
             "task": task,
             "compressor": compressor,
@@ -238,13 +243,15 @@ def evaluate(
             "settings": _given(preset=preset, refine_steps=refine_steps),
             "arms": tuple(filter(None, arms.split(","))),
             "positions": positions,
+            "dtype": dtype,
         }
         try:
             config = EvaluateConfig.model_validate(options)
         except ValidationError as error:
             raise BadInput(str(error)) from error
-        with _bar("asking", False) as progress:
-            result = run(config, lambda done, total, _: progress(done, total, 0))
+        _quiet_transformers()
+        with _bar("questions") as progress:
+            result = run(config, lambda done, total, _: progress(done, total))
         out.write_text(json.dumps(result, indent=1) + "\n")
         console.print(_table([{"arm": arm, **row} for arm, row in result["arms"].items()]))
 
@@ -255,6 +262,7 @@ def ttft(
     model: Model = DEFAULT_MODEL,
     ratio: Annotated[float, typer.Option(help="Tokens per kept slot.")] = 8.0,
     repeats: Annotated[int, typer.Option(help="Timed prompts per row and arm.")] = 5,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Time to the first token, from text and from gists."""
@@ -266,7 +274,29 @@ def ttft(
         except ValueError:
             raise BadInput(f"--passages is {passages!r}; give numbers, as in 1,2,5") from None
         with _loading(model) as say:
-            result = bench_ttft(counts, model=model, ratio=ratio, repeats=repeats, progress=say)
+            result = bench_ttft(
+                counts, model=model, ratio=ratio, dtype=dtype, repeats=repeats, progress=say
+            )
+        if as_json:
+            _print_json(result)
+        else:
+            console.print(_table(result["results"]))
+
+
+@bench.command("precompute")
+def precompute_cost(
+    passages: Annotated[int, typer.Option(help="Passages to time.")] = 6,
+    model: Model = DEFAULT_MODEL,
+    ratio: Annotated[float, typer.Option(help="Tokens per kept slot.")] = 8.0,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Seconds per passage of each preset, beside one plain prefill of it."""
+    with _reported(as_json):
+        from gist_rag.evaluate.precompute import bench_precompute
+
+        with _loading(model):
+            result = bench_precompute(passages, model=model, ratio=ratio, dtype=dtype)
         if as_json:
             _print_json(result)
         else:
@@ -344,34 +374,46 @@ def _interruptible() -> Iterator[None]:
 @contextmanager
 def _loading(what: str) -> Iterator[Callable[[str], None]]:
     """A sign of life, which may be told what is going on, in place of transformers' own bars."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
+    _quiet_transformers()
     with messages.status(f"loading {what}") as status:
         yield status.update
 
 
+class Advance(Protocol):
+    """Called with things done and things in all, and with tokens done where these count."""
+
+    def __call__(self, done: int, total: int, tokens: int | None = None) -> None: ...
+
+
 @contextmanager
-def _bar(verb: str, hidden: bool) -> Iterator[Callable[[int, int, int], None]]:
-    """A progress bar for a callback with passages done, passages in all and tokens done."""
+def _bar(things: str, *, hidden: bool = False) -> Iterator[Advance]:
+    """A progress bar with speed and time left."""
     bar = Progress(
-        TextColumn(verb),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.description}"),
         TimeRemainingColumn(),
         console=messages,
         disable=hidden,
     )
     with bar:
-        task, started = bar.add_task(verb, total=None, speed=""), time.perf_counter()
+        task, started = bar.add_task(things, total=None), time.perf_counter()
 
-        def update(done: int, total: int, tokens: int) -> None:
+        def advance(done: int, total: int, tokens: int | None = None) -> None:
             seconds = time.perf_counter() - started
-            speed = f"{done / seconds:.1f} passages/s, {tokens / seconds:.0f} tokens/s"
-            bar.update(task, completed=done, total=total, speed=speed)
+            speed = f"{things}, {done / seconds:.2f}/s"
+            if tokens is not None:
+                speed += f", {tokens / seconds:.0f} tokens/s"
+            bar.update(task, completed=done, total=total, description=speed)
 
-        yield update
+        yield advance
+
+
+def _quiet_transformers() -> None:
+    """No progress bars besides our own."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _given(**options: object) -> dict[str, object]:

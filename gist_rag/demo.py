@@ -14,7 +14,7 @@ from typing import Any
 from gist_rag.engine import Chunk, GistEngine, Prompt
 from gist_rag.errors import MissingExtra
 from gist_rag.models import embedder_folder
-from gist_rag.prompt import RAG_DOCUMENTS, RAG_QUESTION, RAG_SEPARATOR, RAG_SYSTEM
+from gist_rag.prompt import RAG_DOCUMENTS, RAG_QUESTION, RAG_SEPARATOR
 from gist_rag.retrieval import read_corpus
 from gist_rag.types import Answer, Passage, Sampling
 
@@ -99,9 +99,7 @@ def _langchain(engine: GistEngine, texts: list[str]) -> Callable[[str], str]:
 
     embeddings = HuggingFaceEmbeddings(model_name=embedder_folder())
     retriever = FAISS.from_texts(texts, embeddings).as_retriever(search_kwargs={"k": RETRIEVED})
-    prompt = ChatPromptTemplate.from_messages(
-        [("system", RAG_SYSTEM), ("human", RAG_DOCUMENTS + RAG_QUESTION)]
-    )
+    prompt = ChatPromptTemplate.from_template(RAG_DOCUMENTS + RAG_QUESTION)
     chain = (
         {"passages": retriever | join, "question": RunnablePassthrough()}
         | prompt
@@ -130,7 +128,7 @@ def _llama_index(engine: GistEngine, texts: list[str]) -> Callable[[str], str]:
         embed_model=embedding,
     )
     query_engine = index.as_query_engine(
-        llm=GistLLM(engine=engine, max_tokens=MAX_TOKENS), similarity_top_k=RETRIEVED
+        llm=GistLLM(engine=engine, max_new_tokens=MAX_TOKENS), similarity_top_k=RETRIEVED
     )
     return lambda question: str(query_engine.query(question))
 

@@ -109,21 +109,21 @@ def render_plain(segments: Iterable[Segment]) -> str:
     return "".join(segment.text for segment in segments)
 
 
-RAG_SYSTEM = (
-    "Answer the question with the help of the documents. Give the answer only, in a few words."
+RAG_DOCUMENTS = (
+    "Answer the question with a short phrase from the documents.\n\nDocuments:\n\n{passages}\n\n"
 )
-RAG_DOCUMENTS = "Documents:\n\n{passages}\n\n"
 RAG_SEPARATOR = "\n\n"
-RAG_QUESTION = "Question: {question}\nShort answer:"
+RAG_QUESTION = "Question: {question}\nAnswer with a short phrase."
 
 
-def rag_messages(question: str, passages: Sequence[str], system: str = RAG_SYSTEM) -> list[Message]:
-    """The project's default RAG prompt; without passages it asks the question alone."""
+def rag_messages(question: str, passages: Sequence[str]) -> list[Message]:
+    """The project's default RAG prompt; without passages it asks the question alone.
+
+    There is no system message: what the chat template puts there by itself served small models
+    best, and the instruction stands before the documents, where it is cached with the prefix.
+    """
     documents = RAG_DOCUMENTS.format(passages=RAG_SEPARATOR.join(passages)) if passages else ""
-    return [
-        {"role": "system", "content": system},
-        {"role": "user", "content": documents + RAG_QUESTION.format(question=question)},
-    ]
+    return [{"role": "user", "content": documents + RAG_QUESTION.format(question=question)}]
 
 
 class _Markers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from gist_rag.cli import app
+from gist_rag.cli import COMPRESSOR, app
+from gist_rag.compressors import DEFAULT_COMPRESSOR
 from gist_rag.store import GistStore
 from gist_rag.types import GistKey, Passage
 
@@ -76,6 +78,10 @@ def flip_byte(store: Path) -> None:
 def test_help_comes_without_torch() -> None:
     code = "import sys, gist_rag.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_default_compressor_is_the_registrys() -> None:
+    assert COMPRESSOR == DEFAULT_COMPRESSOR
 
 
 def test_precompute_reports_what_it_wrote(
@@ -375,7 +381,7 @@ def test_evaluate_writes_a_result_file(run: Run, tiny_model_folder: Path, tmp_pa
         (["--task", "/no/such/file"], "/no/such/file"),
         (["--ratio", "0.5"], "ratio"),
         (["--positions", "anywhere"], "positions"),
-        (["--out", "/no/such/folder/out.json"], "no folder"),
+        (["--out", "/no/such/folder/out.json"], "must be a file"),
     ],
 )
 def test_evaluate_refuses_what_it_cannot_run(
@@ -393,3 +399,23 @@ def test_bench_times_text_and_gists(run: Run, tiny_model_folder: Path) -> None:
     )
     assert [row["passages"] for row in json.loads(result.stdout)["results"]] == [1, 2]
     assert run("bench", "ttft", "--passages", "one").exit_code == 2
+
+
+# ---- examples
+
+
+@pytest.mark.parametrize(
+    ("example", "words"),
+    [("plain_hf", "tokens were read as"), ("precompute_corpus", "3 passages read as gists")],
+)
+def test_examples_run_as_they_stand(
+    tiny_model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    example: str,
+    words: str,
+) -> None:
+    path = Path(__file__).parents[1] / "examples" / f"{example}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--model", str(tiny_model_folder)])
+    runpy.run_path(str(path), run_name="__main__")
+    assert words in capsys.readouterr().out

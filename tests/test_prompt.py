@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from gist_rag import prompt as prompt_module
 from gist_rag.matching import PassageMatcher
 from gist_rag.prompt import (
-    RAG_SYSTEM,
     Known,
     Text,
     merge,
@@ -209,8 +208,7 @@ def test_merge_joins_texts_and_drops_empty_ones():
 
 
 def test_rag_messages_hold_the_passages_as_they_are():
-    system, user = rag_messages("Who saw it {first}?", [NESS, SUGAR])
-    assert system == {"role": "system", "content": RAG_SYSTEM}
+    [user] = rag_messages("Who saw it {first}?", [NESS, SUGAR])
     documents, question = user["content"].split("\n\nQuestion: ")
     assert documents == f"Documents:\n\n{NESS}\n\n{SUGAR}"
     assert question == "Who saw it {first}?\nShort answer:"
@@ -218,5 +216,5 @@ def test_rag_messages_hold_the_passages_as_they_are():
 
 
 def test_rag_messages_without_passages_ask_the_question_alone():
-    _, user = rag_messages("Who saw it?", [])
+    [user] = rag_messages("Who saw it?", [])
     assert user["content"] == "Question: Who saw it?\nShort answer:"

@@ -196,9 +196,12 @@ async def test_cancelled_task_stops_generation(
 ) -> None:
     answers: list[Any] = []
     generate = engine.generate
-    monkeypatch.setattr(
-        engine, "generate", lambda *a, **k: answers.append(generate(*a, **k)) or answers[-1]
-    )
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        answers.append(generate(*args, **kwargs))
+        return answers[-1]
+
+    monkeypatch.setattr(engine, "generate", kept)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(llm.ainvoke(both, max_tokens=2000), 0.3)
     await _wait_for(lambda: answers)
@@ -312,11 +315,21 @@ def test_message_without_a_role_is_refused(llm: ChatGist) -> None:
 # ---- sharing and identity
 
 
-def test_configured_copies_share_an_engine_that_is_built_once(
-    engine: Any, both: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    built: list[Any] = []
-    monkeypatch.setattr(_common, "_build_engine", lambda **r: built.append(r) or engine)
+@pytest.fixture
+def built(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What engines were built from; each takes a while, and is ``engine``."""
+    recipes: list[Any] = []
+
+    def build(**recipe: Any) -> Any:
+        time.sleep(0.05)
+        recipes.append(recipe)
+        return engine
+
+    monkeypatch.setattr(_common, "_build_engine", build)
+    return recipes
+
+
+def test_configured_copies_share_an_engine_that_is_built_once(both: str, built: list[Any]) -> None:
     llm = ChatGist(store="gists", max_tokens=4).configurable_fields(
         gist_mode=ConfigurableField(id="gist_mode")
     )
@@ -324,6 +337,16 @@ def test_configured_copies_share_an_engine_that_is_built_once(
     assert llm.invoke(both).response_metadata["gist"]["hits"] == 2
     assert off.invoke(both).response_metadata["gist"]["hits"] == 0
     llm.with_config(configurable={"gist_mode": "auto"}).batch([both] * 3)
+    assert len(built) == 1
+
+
+def test_threads_build_one_engine(both: str, built: list[Any]) -> None:
+    llm = ChatGist(store="gists", max_tokens=4)
+    threads = [threading.Thread(target=llm.invoke, args=(both,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert len(built) == 1
 
 
@@ -347,11 +370,11 @@ def test_cached_answers_are_kept_apart_by_gist_mode_and_engine(
 
 
 def test_cache_key_is_the_same_before_and_after_an_engine_is_built(
-    engine: Any, monkeypatch: pytest.MonkeyPatch
+    engine: Any, built: list[Any]
 ) -> None:
-    monkeypatch.setattr(_common, "_build_engine", lambda **_: engine)
     llm = ChatGist(store="gists")
     before = llm._get_llm_string()
+    assert not built
     assert llm.engine.space == engine.space
     assert llm._get_llm_string() == before
 
@@ -415,27 +438,6 @@ async def test_completion_streams_and_awaits(engine: Any, both: str) -> None:
     assert "".join(llm.stream(both)) == whole
     assert "".join([piece async for piece in llm.astream(both)]) == whole
     assert [s.text for s in llm.explain(both, gist_mode="off")] == [both]
-
-
-# ---- threads
-
-
-def test_threads_build_one_engine(engine: Any, both: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[Any] = []
-
-    def build(**recipe: Any) -> Any:
-        time.sleep(0.05)
-        built.append(recipe)
-        return engine
-
-    monkeypatch.setattr(_common, "_build_engine", build)
-    llm = ChatGist(store="gists", max_tokens=4)
-    threads = [threading.Thread(target=llm.invoke, args=(both,)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(built) == 1
 
 
 async def _wait_for(happened: Any) -> None:

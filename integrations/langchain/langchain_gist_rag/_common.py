@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from abc import ABC
@@ -119,10 +120,6 @@ class GistModel(BaseLanguageModel[Any], ABC):
     """Strings that end an answer; they are not part of it."""
     timeout: float | None = Field(default=None, gt=0)
     """Seconds after which an answer is broken off, with ``finish_reason`` ``"cancelled"``."""
-    max_retries: int = 0
-    """Accepted because all LangChain models have it; there is no network to try again."""
-    streaming: bool = False
-    """Stream internally even on ``invoke``, for callbacks that want each token."""
 
     model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True)
 
@@ -140,13 +137,13 @@ class GistModel(BaseLanguageModel[Any], ABC):
             if self.engine is None or self.engine.recipe != recipe:
                 self.engine = LazyEngine(recipe)
             return self
-        self.model_name, given = self.engine.backbone.name, self.model_name
-        defaults = {name: type(self).model_fields[name].default for name in _NAMES_ENGINE}
-        clashes = {name for name in defaults if getattr(self, name) != defaults[name]}
-        if given in (defaults["model_name"], self.model_name):
+        fields = type(self).model_fields
+        clashes = {name for name, value in recipe.items() if value != fields[name].default}
+        if self.model_name == self.engine.backbone.name:
             clashes.discard("model_name")
         if clashes:
             raise BadInput(f"engine= brings its own {', '.join(sorted(clashes))}; leave these out")
+        self.model_name = self.engine.backbone.name
         return self
 
     @model_validator(mode="after")
@@ -233,21 +230,13 @@ class GistModel(BaseLanguageModel[Any], ABC):
             timer.cancel()
 
     def _count(self, segments: Sequence[Segment]) -> int:
-        """Positions that a prompt takes: tokens of its text, and slots of its gists."""
-        from gist_rag import GistKey
-        from gist_rag.prompt import Known
-        from gist_rag.store import unpack
-
+        """Positions that a prompt takes, known passages counted at the compression ratio."""
+        backbone, ratio = self.engine.backbone, self.engine.compressor.config.ratio
         positions = 0.0
         for segment in segments:
-            gist = None
-            if isinstance(segment, Known):
-                gist = self.engine.store.get(GistKey(self.engine.space, segment.content))
-            if gist is None:
-                positions += len(self.engine.backbone.tokenize(segment.text))
-            else:
-                positions += unpack(gist).mean_slots
-        return round(positions)
+            is_known = hasattr(segment, "content")  # texts have no content key
+            positions += len(backbone.tokenize(segment.text)) / (ratio if is_known else 1)
+        return math.ceil(positions)
 
 
 def num_input(answer: Answer) -> int:

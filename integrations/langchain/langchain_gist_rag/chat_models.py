@@ -49,10 +49,14 @@ class ChatGist(GistModel, BaseChatModel):
         >>> answer.response_metadata["gist"]["hits"]
         1
 
-    Generation starts from a fixed seed only if ``seed`` is given; at the default temperature of 0
-    it is deterministic anyway. Messages hold text only; tools cannot be bound yet, but tool calls
-    and results in a history are read.
+    Messages hold text only. Tools cannot be bound yet, but tool calls and results in a history are
+    read.
     """
+
+    streaming: bool = False
+    """Stream internally even on ``invoke``, for callbacks that want each token."""
+    max_retries: int = 0
+    """Accepted because all chat models have it; there is no network to try again."""
 
     @property
     def _llm_type(self) -> str:
