@@ -124,7 +124,8 @@ class GistEngine:
         model: str = DEFAULT_MODEL,
         store: GistStore | Path | str | None = None,
         *,
-        compressor: str | Path = DEFAULT_COMPRESSOR,
+        compressor: str | Path | None = None,
+        ratio: float | None = None,
         settings: Mapping[str, Any] | None = None,
         codec: str = "bf16",
         namespace: str = "",
@@ -137,14 +138,17 @@ class GistEngine:
         Args:
             model: alias, local folder or Hugging Face id of a causal LM.
             store: folder of the gists.
-            compressor: method name or folder of a trained compressor.
-            settings: the compressor's settings, for example ``{"ratio": 16}``.
+            compressor: method name or folder of a trained compressor; default
+                ``attention_matching``.
+            ratio: tokens per slot, short for ``settings={"ratio": ...}``.
+            settings: the compressor's settings, for example ``{"preset": "best"}``.
             dtype, device: see ``models.load_model``.
         """
         backbone = Backbone(*load_model(model, dtype=dtype, device=device), name=model)
+        settings = {**(settings or {}), **({} if ratio is None else {"ratio": ratio})}
         return cls(
             backbone,
-            make_compressor(compressor, backbone, settings),
+            make_compressor(compressor or DEFAULT_COMPRESSOR, backbone, settings),
             store,
             codec=codec,
             namespace=namespace,
@@ -216,6 +220,7 @@ class GistEngine:
                 done += len(batch)
                 if progress:
                     progress(done, len(unique), tokens)
+            self.store.release()
         return Precomputed(
             passages=len(passages),
             written=written,
@@ -376,6 +381,13 @@ class GistEngine:
         messages: list[Message] = list(prompt)  # type: ignore[arg-type]
         return split_messages(messages, find, partial(self.backbone.render, tools=tools))
 
+    def count(
+        self, prompt: Prompt, gist_mode: GistMode = "auto", tools: Sequence[Any] | None = None
+    ) -> int:
+        """Positions that a prompt takes: tokens of its text and slots of its gists."""
+        [segments], fetched = self._fetch([self.segments(prompt, gist_mode, tools)], gist_mode)
+        return fetched.stats(0, self._plan(segments, fetched.states), {}).input_tokens
+
     @property
     def matcher(self) -> PassageMatcher:
         """Index of all passages that have a gist here; follows the store."""
@@ -394,7 +406,12 @@ class GistEngine:
     def _fetch(
         self, prompts: Sequence[Sequence[Segment]], gist_mode: GistMode
     ) -> tuple[list[list[Segment]], _Fetched]:
-        """Load the gists of all prompts; passages without one become text."""
+        """Load the gists of all prompts; passages without one become text.
+
+        So does a passage that ends a prompt: the model must read something before it can answer.
+        """
+        given = prompts
+        prompts = [[*p[:-1], Text(p[-1].text)] for p in given]
         wanted = {s.content for prompt in prompts for s in prompt if isinstance(s, Known)}
         packed = {}
         if gist_mode != "off":
@@ -418,8 +435,8 @@ class GistEngine:
             for prompt in prompts
         ]
         missed = [
-            sum(isinstance(s, Known) and s.content not in states for s in prompt)
-            for prompt in prompts
+            sum(isinstance(s, Known) for s in before) - sum(isinstance(s, Known) for s in after)
+            for before, after in zip(given, texts, strict=True)
         ]
         return texts, _Fetched(states, sizes, missed)
 
@@ -445,9 +462,6 @@ class GistEngine:
         side; that whitespace is left out. Other text is read in one pass at the end, each piece
         seeing the passages before it.
         """
-        segments = list(segments)
-        if isinstance(segments[-1], Known):  # the model must read something before it can answer
-            segments[-1] = Text(segments[-1].text)
         first = next((i for i, s in enumerate(segments) if isinstance(s, Known)), 0)
         prefix = self.backbone.tokenize("".join(s.text for s in segments[:first]))
         position = len(prefix)

@@ -245,6 +245,11 @@ class Stats:
     def ratio(self) -> float:
         return self.source_tokens / self.gist_slots if self.gist_slots else 1.0
 
+    @property
+    def input_tokens(self) -> int:
+        """Positions that were attended to: tokens of the text and slots of the gists."""
+        return round(self.text_tokens + self.cached_tokens + self.gist_slots)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -259,6 +264,18 @@ class Answer:
     finish_reason: str
     num_tokens: int
     stats: Stats
+
+    def report(self) -> dict[str, object]:
+        """What was read as gists and what that saved, for response metadata."""
+        return {
+            "hits": self.stats.hits,
+            "misses": self.stats.misses,
+            "passages": [passage.id or passage.content for passage in self.passages],
+            "gist_tokens": round(self.stats.gist_slots),
+            "source_tokens": self.stats.source_tokens,
+            "ratio": round(self.stats.ratio, 3),
+            "first_token_ms": round(self.stats.first_token_ms, 3),
+        }
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,17 @@ def test_labels_between_passages_are_read_in_place(
 def test_a_prompt_that_ends_with_a_passage_still_answers(
     tiny_engine: GistEngine, passages: list[Passage]
 ) -> None:
-    assert tiny_engine.generate(f"Continue: {passages[0].text}", SHORT).stats.hits == 0
+    stats = tiny_engine.generate(f"Continue: {passages[0].text}", SHORT).stats
+    assert (stats.hits, stats.misses) == (0, 1)
+
+
+def test_a_prompt_is_counted_as_it_is_read(
+    tiny_engine: GistEngine, passages: list[Passage]
+) -> None:
+    prompt = ask(passages[:3])
+    stats = tiny_engine.generate(prompt, SHORT).stats
+    assert tiny_engine.count(prompt) == stats.input_tokens
+    assert tiny_engine.count(prompt, "off") > 2 * stats.input_tokens
 
 
 def test_the_prefix_is_read_once(
@@ -216,7 +226,6 @@ def test_a_changed_passage_is_not_read_from_the_old_gist(
 def test_another_namespace_is_never_read(make_engine: MakeEngine, passages: list[Passage]) -> None:
     ours = make_engine(settings={"ratio": 4}, namespace="ours")
     ours.precompute(passages[:1])
-    ours.store.release()
     theirs = make_engine(settings={"ratio": 4}, namespace="theirs")
     assert theirs.generate(ask(passages[:1]), SHORT).stats.hits == 0
 
@@ -274,7 +283,6 @@ def test_int8_gists_read_almost_as_bf16_ones(
     for codec in ("bf16", "int8"):
         engine = make_engine(settings={"ratio": 4}, codec=codec)
         sizes[codec] = engine.precompute(passages[:2]).num_bytes
-        engine.store.release()
         assert engine.generate(ask(passages[:2]), SHORT).stats.hits == 2
     assert sizes["int8"] < 0.75 * sizes["bf16"]
 

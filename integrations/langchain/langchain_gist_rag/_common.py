@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import warnings
 from abc import ABC
@@ -22,9 +21,8 @@ from gist_rag.errors import BadInput
 from gist_rag.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:  # these import torch, which importing a LangChain class should not
-    from gist_rag import Answer, GistEngine, Sampling
+    from gist_rag import GistEngine, Sampling
     from gist_rag.engine import Precomputed
-    from gist_rag.prompt import Segment
 
 GistMode = Literal["auto", "off", "require"]
 
@@ -229,34 +227,6 @@ class GistModel(BaseLanguageModel[Any], ABC):
         finally:
             timer.cancel()
 
-    def _count(self, segments: Sequence[Segment]) -> int:
-        """Positions that a prompt takes, known passages counted at the compression ratio."""
-        backbone, ratio = self.engine.backbone, self.engine.compressor.config.ratio
-        positions = 0.0
-        for segment in segments:
-            is_known = hasattr(segment, "content")  # texts have no content key
-            positions += len(backbone.tokenize(segment.text)) / (ratio if is_known else 1)
-        return math.ceil(positions)
-
-
-def num_input(answer: Answer) -> int:
-    """Positions that were attended to: tokens of the text and slots of the gists."""
-    stats = answer.stats
-    return round(stats.text_tokens + stats.cached_tokens + stats.gist_slots)
-
-
-def report(answer: Answer) -> dict[str, Any]:
-    """What was read as gists, and what that saved: ``response_metadata["gist"]``."""
-    return {
-        "hits": answer.stats.hits,
-        "misses": answer.stats.misses,
-        "passages": [passage.id or passage.content for passage in answer.passages],
-        "gist_tokens": round(answer.stats.gist_slots),
-        "source_tokens": answer.stats.source_tokens,
-        "ratio": answer.stats.ratio,
-        "first_token_ms": answer.stats.first_token_ms,
-    }
-
 
 @contextmanager
 def progress_bar(shown: bool) -> Iterator[Callable[[int, int, int], None] | None]:
@@ -269,21 +239,10 @@ def progress_bar(shown: bool) -> Iterator[Callable[[int, int, int], None] | None
         yield lambda done, total, _tokens: bar.update(task, completed=done, total=total)
 
 
-def _build_engine(
-    model_name: str,
-    store: str | Path | None,
-    compressor: str | Path | None,
-    ratio: float | None,
-    settings: Mapping[str, Any] | None,
-    **options: Any,
-) -> GistEngine:
+def _build_engine(model_name: str, store: str | Path | None, **options: Any) -> GistEngine:
     from gist_rag import GistEngine
 
-    if compressor is not None:
-        options["compressor"] = compressor
-    if ratio is not None:
-        settings = {**(settings or {}), "ratio": ratio}
-    return GistEngine.from_pretrained(model_name, store, settings=settings, **options)
+    return GistEngine.from_pretrained(model_name, store, **options)
 
 
 def _source(document: Document) -> str:

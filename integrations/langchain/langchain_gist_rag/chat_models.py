@@ -28,7 +28,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 
 from gist_rag.aio import iterate_in_thread, run_in_thread
 from gist_rag.errors import BadInput
-from langchain_gist_rag._common import PROVIDER, GistModel, LazyEngine, num_input, report
+from langchain_gist_rag._common import PROVIDER, GistModel, LazyEngine
 
 if TYPE_CHECKING:
     from gist_rag import Answer
@@ -76,7 +76,8 @@ class ChatGist(GistModel, BaseChatModel):
         self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
     ) -> int:
         """Positions that a conversation takes, recognised passages counted as gists."""
-        return self._count(self.engine.segments(to_prompt(messages), self.gist_mode, tools))
+        positions: int = self.engine.count(to_prompt(messages), self.gist_mode, tools)
+        return positions
 
     def _generate(
         self,
@@ -150,14 +151,13 @@ class ChatGist(GistModel, BaseChatModel):
 
     def _metadata(self, answer: Answer) -> dict[str, Any]:
         """Usage and metadata of a message. Gist slots count as input that was read from a cache."""
-        num_read = num_input(answer)
-        gist = report(answer)
+        num_read, gist = answer.stats.input_tokens, answer.report()
         return {
             "usage_metadata": UsageMetadata(
                 input_tokens=num_read,
                 output_tokens=answer.num_tokens,
                 total_tokens=num_read + answer.num_tokens,
-                input_token_details=InputTokenDetails(cache_read=gist["gist_tokens"]),
+                input_token_details=InputTokenDetails(cache_read=round(answer.stats.gist_slots)),
             ),
             "response_metadata": {
                 "model_name": self.model_name,

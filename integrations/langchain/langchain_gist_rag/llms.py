@@ -12,7 +12,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from pydantic import Field
 
 from gist_rag.aio import iterate_in_thread, run_in_thread
-from langchain_gist_rag._common import GistModel, num_input, report
+from langchain_gist_rag._common import GistModel
 
 if TYPE_CHECKING:
     from gist_rag import Answer
@@ -44,7 +44,8 @@ class GistLLM(GistModel, BaseLLM):
 
     def get_num_tokens(self, text: str) -> int:
         """Positions that a prompt takes, recognised passages counted as gists."""
-        return self._count(self.engine.segments(text, self.gist_mode)) if text else 0
+        positions: int = self.engine.count(text, self.gist_mode) if text else 0
+        return positions
 
     def _generate(
         self,
@@ -126,13 +127,13 @@ class GistLLM(GistModel, BaseLLM):
 def _details(answer: Answer) -> dict[str, Any]:
     return {
         "finish_reason": answer.finish_reason,
-        "gist": report(answer),
+        "gist": answer.report(),
         "token_usage": _usage([answer]),
     }
 
 
 def _usage(answers: list[Answer]) -> dict[str, int]:
-    read = sum(num_input(answer) for answer in answers)
+    read = sum(answer.stats.input_tokens for answer in answers)
     written = sum(answer.num_tokens for answer in answers)
     return {
         "prompt_tokens": read,

@@ -283,17 +283,16 @@ class GistLLM(LLM):
     def _build_engine(self) -> GistEngine:
         from gist_rag import GistEngine
 
-        options: dict[str, Any] = {} if self.compressor is None else {"compressor": self.compressor}
-        ratio = {} if self.ratio is None else {"ratio": self.ratio}
         return GistEngine.from_pretrained(
             self.model_name,
             self.store,
-            settings=self.settings | ratio,
+            compressor=self.compressor,
+            ratio=self.ratio,
+            settings=self.settings,
             codec=self.codec,
             namespace=self.namespace,
             dtype=self.dtype,
             device=self.device,
-            **options,
         )
 
 
@@ -333,23 +332,15 @@ def _details(answer: Answer) -> dict[str, Any]:
     Prompt tokens are the positions that were attended to: text tokens and gist slots.
     """
     stats = answer.stats
-    prompt_tokens = round(stats.text_tokens + stats.cached_tokens + stats.gist_slots)
     usage = {
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": stats.input_tokens,
         "completion_tokens": answer.num_tokens,
-        "total_tokens": prompt_tokens + answer.num_tokens,
+        "total_tokens": stats.input_tokens + answer.num_tokens,
         "gist_tokens": round(stats.gist_slots),
         "gist_source_tokens": stats.source_tokens,
         "gist_passages": stats.hits,
     }
-    gist = {
-        "hits": stats.hits,
-        "misses": stats.misses,
-        "passages": [passage.id or passage.content for passage in answer.passages],
-        "ratio": stats.ratio,
-        "first_token_ms": stats.first_token_ms,
-    }
-    raw = {"usage": usage, "gist": gist, "finish_reason": answer.finish_reason}
+    raw = {"usage": usage, "gist": answer.report(), "finish_reason": answer.finish_reason}
     return {"raw": raw, "additional_kwargs": usage}
 
 
