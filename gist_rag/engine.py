@@ -391,17 +391,21 @@ class GistEngine:
     @property
     def matcher(self) -> PassageMatcher:
         """Index of all passages that have a gist here; follows the store."""
-        if self.store.generation != self._generation:
+        generation = self.store.generation
+        if generation != self._generation:
             with self._lock:
-                self._generation = self.store.generation
-                current = set(self.store.contents(self.space))
-                for content in self._known - current:
-                    self._matcher.discard(content)
-                for content in current - self._known:
-                    if passage := self.store.passage(content):
-                        self._matcher.add(passage.text)
-                self._known = current
+                self._follow_store()
+                self._generation = generation  # last, so that nobody takes half an index for whole
         return self._matcher
+
+    def _follow_store(self) -> None:
+        current = set(self.store.contents(self.space))
+        for content in self._known - current:
+            self._matcher.discard(content)
+        for content in current - self._known:
+            if passage := self.store.passage(content):
+                self._matcher.add(passage.text)
+        self._known = current
 
     def _fetch(
         self, prompts: Sequence[Sequence[Segment]], gist_mode: GistMode

@@ -104,6 +104,12 @@ def random_model(tokenizer: PreTrainedTokenizerFast, family: str) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
 
 
+@pytest.fixture(scope="session")
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Any]:
+    """Random models by family name."""
+    return lambda family: random_model(tokenizer, family)
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)

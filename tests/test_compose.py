@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local
@@ -165,6 +167,65 @@ def test_greedy_decoding_equals_transformers(
     context = Context([any_backbone.prefix(ids[:0])], None)
     steps = any_backbone.decode(context, [Local.after(ids, 0, 0)], [Sampling(max_tokens=12)])
     assert [tokens[0] for tokens in steps] == expected
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(0, 5), min_size=6, max_size=6), min_size=1, max_size=4),
+    split=st.integers(0, 4),
+)
+@settings(max_examples=30, deadline=None)
+def test_slots_hold_each_heads_keys_in_passage_order(
+    backbone: Backbone, lengths: list[list[int]], split: int
+) -> None:
+    """Second route: rotate and concatenate head by head, prompt by prompt."""
+    torch.manual_seed(0)
+    states = [ragged(backbone, counts) for counts in lengths]
+    prompts = [states[:split], states[split:]]
+    placed = [place(states, 7, "sequence")[0] for states in prompts]
+    slots = compose(placed, backbone)
+    assert slots is not None
+    for row, prompt in enumerate(placed):
+        for layer in range(backbone.num_layers):
+            keys, values, bias, order = (x[row] for x in slots.layer(layer))
+            for head in range(backbone.num_heads):
+                expected = [
+                    one_head(backbone, p, layer * backbone.num_heads + head) for p in prompt
+                ]
+                kept = bias[head].isfinite()
+                assert int(kept.sum()) == sum(len(k) for k, _ in expected)
+                if not expected:
+                    continue
+                want = torch.cat([k for k, _ in expected])
+                assert torch.allclose(keys[head, : len(want)], want, atol=1e-5)
+                assert torch.equal(values[head, : len(want)], torch.cat([v for _, v in expected]))
+                numbers = [i for i, (k, _) in enumerate(expected) for _ in k]
+                assert order[head, : len(want)].tolist() == numbers
+
+
+def ragged(backbone: Backbone, counts: list[int]) -> GistState:
+    """A random state that keeps so many slots in each (layer, head)."""
+    total = sum(counts)
+    rows = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    return GistState(
+        keys=torch.randn(total, backbone.head_dim),
+        values=torch.randn(total, backbone.head_dim),
+        bias=torch.randn(total),
+        offsets=torch.randint(0, 30, (total,), dtype=torch.int32),
+        rows=rows,
+        num_layers=backbone.num_layers,
+        span=30,
+        num_tokens=30,
+    )
+
+
+def one_head(backbone: Backbone, placed: Placed, row: int) -> tuple[Tensor, Tensor]:
+    """Rotated keys and values of one head of one passage."""
+    state = placed.state
+    part = slice(int(state.rows[row]), int(state.rows[row + 1]))
+    cos, sin = backbone.rotary(state.offsets[part] + placed.start)
+    keys = state.keys[part]
+    left, right = keys.chunk(2, dim=-1)
+    return keys * cos + torch.cat((-right, left), -1) * sin, state.values[part]
 
 
 def test_state_of_another_shape_is_refused(backbone: Backbone) -> None:
