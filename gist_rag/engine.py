@@ -15,6 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -203,9 +204,9 @@ class GistEngine:
         started, written, tokens, num_bytes = time.perf_counter(), 0, 0, 0
         unique = list({p.content: p for p in passages}.values())
         batch_tokens = batch_tokens or (1024 if self.backbone.device.type == "cpu" else 16384)
-        with self._writing:
+        done = 0
+        with self._writing, self._released():
             self.store.add_space(self.space, self.describe())
-            done = 0
             for batch in self._batches(unique, batch_tokens):
                 absent = {p.content for p, _ in batch}
                 if not rewrite:
@@ -220,7 +221,6 @@ class GistEngine:
                 done += len(batch)
                 if progress:
                     progress(done, len(unique), tokens)
-            self.store.release()
         return Precomputed(
             passages=len(passages),
             written=written,
@@ -229,6 +229,14 @@ class GistEngine:
             seconds=time.perf_counter() - started,
             num_bytes=num_bytes,
         )
+
+    @contextmanager
+    def _released(self) -> Iterator[None]:
+        """Let go of the store's writer lock afterwards, so that others can write."""
+        try:
+            yield
+        finally:
+            self.store.release()
 
     def _batches(
         self, passages: Sequence[Passage], batch_tokens: int
