@@ -203,6 +203,8 @@ def demo(
                     _echo(_demo_lines(results[-1]))
         if as_json:
             _print_json({"answers": results})
+        else:
+            typer.echo("\nTimes are from the question to the first token of its answer.")
     if any(row["read_as_gists"] < row["retrieved"] for row in results):
         raise typer.Exit(1)
 
@@ -531,13 +533,10 @@ def _ask_lines(report: dict[str, Any]) -> Iterator[str]:
 
 def _demo_lines(shown: dict[str, Any]) -> Iterator[str]:
     yield f"\n[{shown['framework']}] {shown['question']}"
-    yield f"  answer: {' '.join(shown['answer'].split())}"
-    yield f"  gold:   {shown['gold']}"
-    yield (
-        f"  {shown['read_as_gists']} of {shown['retrieved']} retrieved passages read as gists; "
-        f"first token after {shown['gist_ms']:.0f} ms from gists, {shown['text_ms']:.0f} ms from "
-        "text"
-    )
+    yield f"  from gists ({shown['gist_ms']:5.0f} ms): {' '.join(shown['answer'].split())}"
+    yield f"  from text  ({shown['text_ms']:5.0f} ms): {' '.join(shown['text_answer'].split())}"
+    yield f"  gold answer: {shown['gold']}"
+    yield f"  {shown['read_as_gists']} of {shown['retrieved']} retrieved passages read as gists"
 
 
 def _info_lines(report: dict[str, Any]) -> Iterator[str]:

@@ -19,6 +19,8 @@ from typer.testing import CliRunner, Result
 
 from gist_rag.cli import COMPRESSOR, app
 from gist_rag.compressors import DEFAULT_COMPRESSOR
+from gist_rag.demo import DemoEngine
+from gist_rag.demo import run as run_demo
 from gist_rag.store import GistStore
 from gist_rag.types import GistKey, Passage
 
@@ -401,7 +403,18 @@ def test_bench_times_text_and_gists(run: Run, tiny_model_folder: Path) -> None:
     assert run("bench", "ttft", "--passages", "one").exit_code == 2
 
 
-# ---- examples
+# ---- demo and examples
+
+
+def test_the_demo_reads_every_retrieved_passage_as_a_gist_in_both_frameworks(
+    passages: list[Passage], tiny_model_folder: Path
+) -> None:
+    with DemoEngine.from_pretrained(str(tiny_model_folder)) as engine:
+        engine.precompute(passages[:6])
+        shown = list(run_demo(engine, passages[:6]))
+    assert [s.framework for s in shown] == ["LangChain"] * 3 + ["LlamaIndex"] * 3
+    assert all(s.read_as_gists == s.retrieved == 2 for s in shown)
+    assert all(s.gold and s.gist_ms > 0 and s.text_ms > 0 for s in shown)
 
 
 @pytest.mark.parametrize(
