@@ -1,14 +1,18 @@
 # Every target installs what it needs into .venv once, and again when the requirements change.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench gpu clean
+.PHONY: help demo test check bench quality plots gpu clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet -c constraints-cpu.txt
 TYPED := gist_rag kernels/gist_rag_kernels integrations
-SERVING := benchmarks/serving
+SERVING := benchmarks/serving/results
+RATIOS := 2 4 8 16
+CONTROLS := truncated strided mean_pooled attention_matching
+COMMA := ,
+ARMS := reuse$(foreach r,$(RATIOS),$(foreach c,$(CONTROLS),$(COMMA)$(c)@$(r)))
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,9 +28,18 @@ check: .venv/.dev ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(TYPED)
 
-bench: .venv/.demo ## time to first token on this CPU, into benchmarks/serving/ttft_cpu.json
+bench: .venv/.demo ## time to first token and cost of compressing on this CPU, into benchmarks/
 	CUDA_VISIBLE_DEVICES= $(BIN)/gist-rag bench ttft --json > $(SERVING)/ttft_cpu.json.new
 	mv $(SERVING)/ttft_cpu.json.new $(SERVING)/ttft_cpu.json
+	CUDA_VISIBLE_DEVICES= $(BIN)/gist-rag bench precompute --json > $(SERVING)/precompute_cpu.json.new
+	mv $(SERVING)/precompute_cpu.json.new $(SERVING)/precompute_cpu.json
+
+quality: .venv/.demo ## evaluate on TASK=FILE, one and five passages, into benchmarks/ (hours on a CPU)
+	for n in 1 5; do $(BIN)/gist-rag evaluate --task $(TASK) --passages $$n --dtype bfloat16 \
+		--arms $(ARMS) --out benchmarks/quality/results/nq_p$${n}_balanced.json; done
+
+plots: .venv/.dev ## draw pictures and tables from the result files
+	$(BIN)/python benchmarks/plot.py
 
 gpu: .venv/.dev ## tests and time to first token on a CUDA device, where there is one
 	@if $(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then \

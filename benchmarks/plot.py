@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-matplotlib.rcParams["svg.hashsalt"] = "gist-rag"  # the same files give the same picture
+import matplotlib as mpl
 import matplotlib.pyplot as plt
+
+mpl.use("Agg")
+mpl.rcParams["svg.hashsalt"] = "gist-rag"  # the same files give the same picture
 
 HERE = Path(__file__).parent
 IMAGES = HERE.parent / "docs" / "img"
@@ -100,7 +100,7 @@ def write_tables(quality: list[dict[str, Any]], ttft: list[dict[str, Any]]) -> N
             "",
             f"    {meta['command']}",
             "",
-            "| arm | n | NLL | choice | EM | contains | F1 | M_norm (95 %) | M_norm choice | slots |",
+            "| arm | n | NLL | choice | EM | contains | F1 | M_norm (95 %) | by choice | slots |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for arm, s in result["arms"].items():

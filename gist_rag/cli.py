@@ -188,8 +188,9 @@ def demo(
 ) -> None:
     """Compress 60 passages about SQLite, then ask through LangChain and through LlamaIndex."""
     with _reported(as_json):
-        from gist_rag.demo import DemoEngine, run, sample_passages
+        from gist_rag.demo import DemoEngine, run
         from gist_rag.rag import GistRAG
+        from gist_rag.sample import sample_passages
 
         passages, results = sample_passages(), []
         with _loading(DEFAULT_MODEL):
@@ -447,7 +448,7 @@ def _index_state(store: GistStore, space: str) -> str:
 
 def _describe(store: GistStore) -> dict[str, Any]:
     stats = store.stats()
-    shown = ("model", "compressor", "ratio", "codec", "namespace")
+    shown = ("model", "compressor", "codec", "namespace")
     return {
         "folder": str(store.path),
         "entries": stats.entries,
@@ -457,7 +458,8 @@ def _describe(store: GistStore) -> dict[str, Any]:
         "spaces": [
             {
                 "space": space[:16],
-                **{name: description.get(name) for name in shown},
+                **{name: description[name] for name in shown},
+                **cast(dict[str, object], description["settings"]),
                 "entries": len(store.contents(space)),
                 "index": _index_state(store, space),
             }
@@ -552,7 +554,7 @@ def _info_lines(report: dict[str, Any]) -> Iterator[str]:
         )
         for space in store["spaces"]:
             yield "  " + ", ".join(
-                f"{name} {value}" for name, value in space.items() if value != ""
+                f"{name} {value}" for name, value in space.items() if value not in ("", None)
             )
 
 

@@ -5,22 +5,20 @@ The one file of the package that imports the integrations: showing them is what 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gist_rag.engine import Chunk, GistEngine, Prompt
 from gist_rag.errors import MissingExtra
 from gist_rag.models import embedder_folder
 from gist_rag.prompt import RAG_DOCUMENTS, RAG_QUESTION, RAG_SEPARATOR
-from gist_rag.retrieval import read_corpus
+from gist_rag.sample import sample_questions
 from gist_rag.types import Answer, Passage, Sampling
 
-DATA = Path(__file__).with_name("data")
 QUESTIONS = ("sqlite-q03", "sqlite-q11", "sqlite-q13")
-"""Of those that a model of 135M parameters can answer from one or two passages of text."""
+"""Picked from those that so small a model answers, also from gists. They show how it works; how
+well it answers is what ``gist-rag evaluate`` measures."""
 RETRIEVED = 2
 MAX_TOKENS = 32
 
@@ -55,11 +53,6 @@ class DemoEngine(GistEngine):
             yield chunk
 
 
-def sample_passages() -> list[Passage]:
-    """The 60 passages that ship with the package."""
-    return read_corpus(DATA / "sqlite_passages.jsonl")
-
-
 def run(engine: DemoEngine, passages: Sequence[Passage]) -> Iterator[Shown]:
     """Ask the demo's questions through each framework.
 
@@ -72,14 +65,16 @@ def run(engine: DemoEngine, passages: Sequence[Passage]) -> Iterator[Shown]:
             ask = connect(engine, texts)
         except ImportError as error:
             raise MissingExtra(error.name or framework, "demo") from error
-        for question, gold in _questions():
-            answer = ask(question)
+        for question in sample_questions():
+            if question.id not in QUESTIONS:
+                continue
+            answer = ask(question.text)
             prompt, read = engine.last
             as_text = engine.generate(prompt, Sampling(max_tokens=MAX_TOKENS), gist_mode="off")
             yield Shown(
                 framework=framework,
-                question=question,
-                gold=gold,
+                question=question.text,
+                gold=question.gold,
                 answer=answer.strip(),
                 text_answer=as_text.text.strip(),
                 retrieved=RETRIEVED,
@@ -137,9 +132,3 @@ def _llama_index(engine: GistEngine, texts: list[str]) -> Callable[[str], str]:
         llm=GistLLM(engine=engine, max_new_tokens=MAX_TOKENS), similarity_top_k=RETRIEVED
     )
     return lambda question: str(query_engine.query(question))
-
-
-def _questions() -> list[tuple[str, str]]:
-    """Question and gold answer."""
-    rows = map(json.loads, (DATA / "sqlite_questions.jsonl").read_text().splitlines())
-    return [(row["question"], row["answers"][0]) for row in rows if row["id"] in QUESTIONS]

@@ -177,8 +177,10 @@ def _locked(path: Path) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
+    shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.enable_progress_bar()
+        if shown:
+            transformers_logging.enable_progress_bar()

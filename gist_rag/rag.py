@@ -22,16 +22,6 @@ from gist_rag.types import Answer, Passage, Sampling
 EMBED_BATCH = 256
 """Passages that are embedded at a time."""
 
-_NO_SETTINGS = {
-    "model",
-    "model_fingerprint",
-    "compressor",
-    "compressor_fingerprint",
-    "codec",
-    "namespace",
-}
-"""What an engine's description holds besides the compressor's settings."""
-
 
 @dataclass(frozen=True)
 class Found:
@@ -294,12 +284,11 @@ def _reopen(
     device: str | None,
 ) -> GistEngine:
     """An engine as ``GistEngine.describe`` described it."""
-    settings = {k: v for k, v in description.items() if k not in _NO_SETTINGS}
     return GistEngine.from_pretrained(
         model or description["model"],
         store,
         compressor=compressor or description["compressor"],
-        settings=None if compressor else settings,
+        settings=None if compressor else description["settings"],
         codec=description["codec"],
         namespace=description["namespace"],
         dtype=dtype,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,13 +19,13 @@ from gist_rag.backbone import Backbone
 from gist_rag.compressors import make_compressor
 from gist_rag.engine import GistEngine
 from gist_rag.models import load_model
+from gist_rag.sample import sample_passages
 from gist_rag.types import Passage
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-DATA = Path(__file__).parents[1] / "gist_rag" / "data"
 SHAPE = dict(
     hidden_size=48,
     intermediate_size=96,
@@ -61,13 +60,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def sample_passages() -> list[Passage]:
-    """The 60 passages that ship with the project."""
-    lines = (DATA / "sqlite_passages.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [Passage(f"{r['title']}\n{r['text']}", id=r["id"]) for r in rows]
 
 
 @pytest.fixture(scope="session")

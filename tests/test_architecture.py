@@ -30,6 +30,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
     "gist_rag.retrieval": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
     "gist_rag.sampling": (3, frozenset({"gist_rag.types"})),
     "gist_rag.store": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
+    "gist_rag.sample": (4, frozenset({"gist_rag.retrieval", "gist_rag.types"})),
     "gist_rag.backbone": (
         4,
         frozenset(
@@ -109,6 +110,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.errors",
                 "gist_rag.models",
                 "gist_rag.prompt",
+                "gist_rag.sample",
                 "gist_rag.store",
                 "gist_rag.types",
             }

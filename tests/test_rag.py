@@ -200,7 +200,7 @@ def test_an_index_of_another_embedder_is_never_searched(rag: GistRAG) -> None:
 def test_a_folder_alone_brings_back_every_setting(folder: Path, passages: list[Passage]) -> None:
     with reopened(folder) as rag:
         described = rag.engine.describe()
-        assert (described["ratio"], described["preset"]) == (4.0, "fast")
+        assert (described["settings"]["ratio"], described["settings"]["preset"]) == (4.0, "fast")
         assert described["codec"] == "int8"
         assert rag.ask(passages[1].text[:120], 2, SHORT).stats.hits == 2
 

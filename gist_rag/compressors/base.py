@@ -162,7 +162,7 @@ class Compressor(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Name and settings, as saved and shown."""
-        return {"compressor": self.name, **self.config.model_dump(mode="json")}
+        return {"compressor": self.name, "settings": self.config.model_dump(mode="json")}
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write ``compressor.json`` and, where there are any, its own weights."""

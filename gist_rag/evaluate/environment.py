@@ -1,8 +1,7 @@
-"""What every result file says of itself, and the shipped sample that speed is measured on."""
+"""What every result file says of itself: machine, versions, commit and command."""
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
@@ -11,10 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from gist_rag.types import Passage
-
-DATA = Path(__file__).parents[1] / "data"
 
 
 def environment() -> dict[str, Any]:
@@ -30,25 +25,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def sample_passages() -> list[Passage]:
-    """The 60 passages that ship with the package."""
-    rows = [json.loads(line) for line in _lines("sqlite_passages.jsonl")]
-    return [Passage(f"{row['title']}\n{row['text']}", id=row["id"]) for row in rows]
-
-
-def sample_questions() -> list[str]:
-    """The 30 questions that ship with the package."""
-    return [json.loads(line)["question"] for line in _lines("sqlite_questions.jsonl")]
-
-
-def _lines(name: str) -> list[str]:
-    return (DATA / name).read_text(encoding="utf8").splitlines()
-
-
 def _commit() -> str:
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=DATA)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     except OSError:
         return ""
     return done.stdout.strip()

@@ -11,8 +11,9 @@ import torch
 from gist_rag.backbone import Backbone
 from gist_rag.compressors import make_compressor
 from gist_rag.errors import BadInput
-from gist_rag.evaluate.environment import environment, sample_passages
+from gist_rag.evaluate.environment import environment
 from gist_rag.models import DEFAULT_MODEL, load_model
+from gist_rag.sample import sample_passages
 
 PRESETS = ("fast", "balanced", "best")
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from gist_rag.engine import GistEngine
 from gist_rag.errors import BadInput
-from gist_rag.evaluate.environment import environment, sample_passages, sample_questions
+from gist_rag.evaluate.environment import environment
 from gist_rag.models import DEFAULT_MODEL
 from gist_rag.prompt import rag_messages
+from gist_rag.sample import sample_passages, sample_questions
 from gist_rag.store import GistStore
 from gist_rag.types import Answer, Sampling
 
@@ -57,7 +58,7 @@ def bench_ttft(
             runs: dict[str, list[Answer]] = {"text": [], "gist": [], "miss": []}
             for repeat in range(-1, repeats):
                 texts = [sample[(repeat + i) % max(passages)].text for i in range(count)]
-                prompt = rag_messages(questions[repeat % len(questions)], texts)
+                prompt = rag_messages(questions[repeat % len(questions)].text, texts)
                 first = Sampling(max_tokens=1)
                 answers = {
                     "text": engine.generate(prompt, first, gist_mode="off"),
