@@ -76,8 +76,8 @@ class AttentionMatching(Compressor):
     values are regularised towards the originals; the refinement is ours (a Cartridge per passage,
     arXiv:2506.06266, started from the fit).
 
-    When to choose it: whenever nothing has been trained. ``fast`` and ``balanced`` cost about two
-    prefills of the passage, ``best`` about two more per step.
+    When to choose it: whenever nothing has been trained. ``fast`` and ``balanced`` cost two to
+    three prefills of the passage, ``best`` three to four more per step.
     """
 
     name: ClassVar[str] = "attention_matching"
