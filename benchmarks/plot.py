@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 IMAGES = HERE.parent / "docs" / "img"
 TABLES = HERE.parent / "docs" / "results.md"
 README = HERE.parent / "README.md"
+TASK = "nq_10doc_dev.jsonl.gz"
 COLOURS = {
     "attention_matching": "#0b6e4f",
     "mean_pooled": "#c05746",
@@ -210,7 +211,7 @@ if __name__ == "__main__":
     quality_results = load("quality")
     ttft_results = [r for r in load("serving") if "ttft_text_ms" in r["results"][0]]
     if quality_results:
-        draw_quality(quality_results)
+        draw_quality([r for r in quality_results if r["meta"]["task"] == TASK])
     if ttft_results:
         draw_ttft(ttft_results[-1])
     write_tables(quality_results, ttft_results)
