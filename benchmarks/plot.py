@@ -149,6 +149,7 @@ def fill_readme() -> None:
     ttft = {r["passages"]: r for r in read("serving/results/ttft_cpu.json")["results"]}
     cost = read("serving/results/precompute_cpu.json")
     presets = {r["preset"]: r for r in cost["results"]}
+    refined = read("quality/results/nq_p1_refined16.json")["arms"]["attention_matching"]
     gist_one, gist_five = one["attention_matching@8"], five["attention_matching@8"]
     _put(
         "headline",
@@ -169,7 +170,7 @@ def fill_readme() -> None:
         f"{gist_five['contains']:.2f}. With several passages so small a model answers badly from "
         "text and worse from anything else; no larger model has been measured yet.",
         "- **8x is the edge without training.** At 16x the default keeps "
-        f"{_kept(one['attention_matching@16'])} with one passage and "
+        f"{_kept(one['attention_matching@16'])} with one passage ({_kept(refined)} when refined) and "
         f"{_kept(five['attention_matching@16'])} with five. Exact names and numbers go first; use "
         "4x where they matter.",
         f"- **KV gists are larger than text on disk**: {ttft[1]['bytes'] / 1e6:.2f} MB for a passage "
