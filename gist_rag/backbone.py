@@ -29,7 +29,7 @@ from gist_rag.errors import BadInput, ContextOverflow, UnsupportedBackbone
 from gist_rag.layout import Slots
 from gist_rag.sampling import Chooser
 from gist_rag.types import Sampling
-from gist_rag_kernels import slot_attention
+from gist_rag_kernels import rotate, slot_attention
 
 ATTENTION = "gist_rag"
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -329,9 +329,7 @@ class Backbone:
             attention, states = layer.self_attn, layer.input_layernorm(states)
             query = attention.q_proj(states).view(*states.shape[:-1], -1, self.head_dim)
             query = attention.q_norm(query) if hasattr(attention, "q_norm") else query
-            left, right = query.float().chunk(2, dim=-1)
-            turned = torch.cat((-right, left), dim=-1)
-            query = query.float() * cos[:, :, None] + turned * sin[:, :, None]
+            query = rotate(query.float(), cos[:, :, None], sin[:, :, None])
             grouped = query.transpose(1, 2).unflatten(1, (self.num_heads, -1))  # (B, H, G, Q, D)
             queries.append(grouped.flatten(2, 3))
         return torch.stack(queries)

@@ -254,7 +254,7 @@ def evaluate(
             raise BadInput(str(error)) from error
         _quiet_transformers()
         with _bar("questions") as progress:
-            result = run(config, lambda done, total, _: progress(done, total))
+            result = run(config, progress)
         out.write_text(json.dumps(result, indent=1) + "\n")
         console.print(_table([{"arm": arm, **row} for arm, row in result["arms"].items()]))
 

@@ -41,7 +41,16 @@ from gist_rag.matching import PassageMatcher
 from gist_rag.models import DEFAULT_MODEL, load_model
 from gist_rag.prompt import Known, Segment, Segments, Text, merge, split_messages
 from gist_rag.store import GistStore, pack, unpack
-from gist_rag.types import Answer, GistKey, GistState, Message, Passage, Sampling, Stats
+from gist_rag.types import (
+    Answer,
+    GistKey,
+    GistState,
+    Message,
+    PackedState,
+    Passage,
+    Sampling,
+    Stats,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +272,7 @@ class GistEngine:
             yield batch
 
     @torch.no_grad()
-    def _compress(self, passages: Sequence[Tensor]) -> list[Any]:
+    def _compress(self, passages: Sequence[Tensor]) -> list[PackedState]:
         states = self.compressor.compress(passages)
         return [pack(state.to("cpu"), self.codec) for state in states]
 
@@ -425,11 +434,9 @@ class GistEngine:
         given = prompts
         prompts = [[*p[:-1], Text(p[-1].text)] for p in given]
         wanted = {s.content for prompt in prompts for s in prompt if isinstance(s, Known)}
-        packed = {}
+        packed: dict[str, PackedState] = {}
         if gist_mode != "off":
-            keys = [GistKey(self.space, content) for content in sorted(wanted)]
-            found = zip(keys, self.store.fetch(keys), strict=True)
-            packed = {key.content: state for key, state in found if state is not None}
+            packed = self._load(wanted)
             packed |= self._heal(wanted - packed.keys())
         if gist_mode == "require":
             for prompt in prompts:
@@ -452,7 +459,7 @@ class GistEngine:
         ]
         return texts, _Fetched(states, sizes, missed)
 
-    def _heal(self, contents: set[str]) -> dict[str, Any]:
+    def _heal(self, contents: set[str]) -> dict[str, PackedState]:
         """Compress again what the store holds but cannot read; on failure it stays a miss."""
         broken = [c for c in contents if GistKey(self.space, c) in self.store.corrupt]
         passages = [p for c in broken if (p := self.store.passage(c)) is not None]
@@ -463,7 +470,11 @@ class GistEngine:
         except (StoreLocked, StoreWriteError) as error:
             logger.warning("a damaged gist stays unread until the store can be written: %s", error)
             return {}
-        keys = [GistKey(self.space, p.content) for p in passages]
+        return self._load({p.content for p in passages})
+
+    def _load(self, contents: set[str]) -> dict[str, PackedState]:
+        """Stored gists by content; those that are missing or broken are left out."""
+        keys = [GistKey(self.space, content) for content in sorted(contents)]
         found = zip(keys, self.store.fetch(keys), strict=True)
         return {key.content: state for key, state in found if state is not None}
 

@@ -130,24 +130,23 @@ class Compressor(nn.Module):
         gists, causal = self.embeddings(), all(layout.is_causal for layout in layouts)
         ids = torch.zeros(len(passages), size, dtype=torch.long)
         source, positions = ids.clone(), ids.clone()
-        mask = torch.eye(size, dtype=torch.bool).repeat(len(passages), 1, 1)
+        mask: Tensor | None = None
+        if not causal:  # padding sees itself
+            mask = torch.eye(size, dtype=torch.bool).repeat(len(passages), 1, 1)[:, None]
         for row, (tokens, layout) in enumerate(zip(passages, layouts, strict=True)):
             ids[row, : len(tokens)] = tokens
             source[row, : len(layout)] = layout.source
             positions[row, : len(layout)] = layout.position
-            mask[row, : len(layout), : len(layout)] = layout.mask()
+            if mask is not None:
+                mask[row, 0, : len(layout), : len(layout)] = layout.mask()
         if gists is None:
-            return self.backbone.encode(
-                ids, positions=positions, mask=None if causal else mask[:, None]
-            )
+            return self.backbone.encode(ids, positions=positions, mask=mask)
         source = source.to(self.backbone.device)
         table = self.backbone.embed(ids)
         tokens_at = source.clamp_min(0)[..., None].expand(-1, -1, table.shape[-1])
         gists_at = gists.to(table.dtype)[(-1 - source).clamp_min(0)]
         embedded = torch.where(source[..., None] < 0, gists_at, table.gather(1, tokens_at))
-        return self.backbone.encode(
-            ids, embeddings=embedded, positions=positions, mask=None if causal else mask[:, None]
-        )
+        return self.backbone.encode(ids, embeddings=embedded, positions=positions, mask=mask)
 
     # ---- identity and persistence
 

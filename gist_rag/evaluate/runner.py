@@ -62,7 +62,7 @@ class EvaluateConfig(BaseModel):
         return tuple(dict.fromkeys(("closed", "full", *chosen)))
 
 
-Progress = Callable[[int, int, dict[str, Any]], None]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> dict[s
     """Run all arms.
 
     Args:
-        progress: called after each group of questions with questions done, questions in all and
-            the figures so far.
+        progress: called after each group of questions with questions done and questions in all.
 
     Returns:
         ``{"meta", "arms", "predictions"}`` as written by ``gist-rag evaluate``.
@@ -102,7 +101,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> dict[s
             for arm in config.all_arms:
                 predictions += _predict(backbone, arm, group, [r[arm] for r in readings])
         if progress:
-            progress(first + len(group), len(examples), summarise(predictions))
+            progress(first + len(group), len(examples))
     return {
         "meta": _meta(config, backbone),
         "arms": summarise(predictions),

@@ -5,6 +5,7 @@ One folder per operation: ``op.py`` is what people call (shapes checked, impleme
 """
 
 from gist_rag_kernels.compose_kv.op import compose_kv
+from gist_rag_kernels.compose_kv.reference import rotate
 from gist_rag_kernels.slot_attention.op import slot_attention
 
-__all__ = ["compose_kv", "slot_attention"]
+__all__ = ["compose_kv", "rotate", "slot_attention"]
