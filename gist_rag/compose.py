@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gist_rag.backbone import Backbone
+from gist_rag.backbone import Backbone, Local
 from gist_rag.errors import BadInput
 from gist_rag.layout import Slots
 from gist_rag.types import GistState
@@ -41,6 +41,33 @@ def place(
         placed.append(Placed(state, start if positions == "parallel" else end))
         end = max(end, placed[-1].start + state.span)
     return placed, end
+
+
+def arrange(
+    pieces: Sequence[Tensor | GistState], start: int, positions: Positions
+) -> tuple[list[Placed], Local]:
+    """Positions of the gists and texts that follow a prompt's prefix, in prompt order.
+
+    States with no text between them stand side by side. All texts are read in one pass, each piece
+    seeing the passages before it.
+
+    Args:
+        pieces: token ids ``(n,)`` of texts, and states; the last one is a text.
+        start: first position after the prefix.
+    """
+    placed: list[Placed] = []
+    texts: list[Local] = []
+    side: list[GistState] = []
+    for piece in pieces:
+        if isinstance(piece, GistState):
+            side.append(piece)
+            continue
+        beside, start = place(side, start, positions)
+        placed += beside
+        side = []
+        texts.append(Local.after(piece, start, len(placed)))
+        start += len(piece)
+    return placed, Local.join(texts)
 
 
 def compose(batch: Sequence[Sequence[Placed]], backbone: Backbone) -> Slots | None:

@@ -11,6 +11,7 @@
     ├── IndexMismatch                the FAISS index and the store do not hold the same passages
     ├── MissingExtra (ImportError)   an optional package is not installed
     ├── ModelNotFound                no such model id, folder or alias
+    ├── NotANumber                   the loss of a training run is infinite or NaN
     ├── SpaceMismatch                the store was made with another model, compressor or codec
     ├── StoreLocked                  another process is writing to the store
     ├── StoreWriteError              no permission, no space, not a store folder
@@ -68,6 +69,10 @@ class MissingExtra(GistRagError, ImportError):
 
 class ModelNotFound(GistRagError):
     """No such model id, folder or alias."""
+
+
+class NotANumber(GistRagError):
+    """The loss of a training run is infinite or NaN."""
 
 
 class SpaceMismatch(GistRagError):

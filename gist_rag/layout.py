@@ -45,10 +45,14 @@ class Layout:
         return cls(index, index, zeros, zeros)
 
     @classmethod
-    def append(cls, num_tokens: int, num_gists: int) -> Layout:
-        """All tokens, then the gists, causal throughout (``t t t t g g``)."""
+    def append(cls, num_tokens: int, num_gists: int, kinds: int = 1) -> Layout:
+        """All tokens, then the gists, causal throughout (``t t t t g g``).
+
+        Args:
+            kinds: different gist embeddings, taken in turn.
+        """
         size = num_tokens + num_gists
-        source = torch.cat((torch.arange(num_tokens), -1 - torch.arange(num_gists)))
+        source = torch.cat((torch.arange(num_tokens), -1 - torch.arange(num_gists) % kinds))
         zeros = torch.zeros(size, dtype=torch.long)
         return cls(source, torch.arange(size), zeros, zeros)
 

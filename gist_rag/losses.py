@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -17,3 +18,16 @@ def distill(teacher: Tensor, student: Tensor) -> Tensor:
     """
     target, given = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
     return (target.exp() * (target - given)).sum(-1)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood per row, in nats.
+
+    Args:
+        logits: ``(N, V)``.
+        targets: ``(N,)``.
+
+    Returns:
+        ``(N,)``.
+    """
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")

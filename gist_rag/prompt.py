@@ -17,9 +17,9 @@ import secrets
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
-from gist_rag.types import Message, normalise
+from gist_rag.types import Message, Passage, normalise
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,8 @@ RAG_DOCUMENTS = (
     "Answer the question with a short phrase from the documents.\n\nDocuments:\n\n{passages}\n\n"
 )
 RAG_SEPARATOR = "\n\n"
+MARK = "\u241e"
+"""Stands for a passage while a chat template is rendered; a character that no template uses."""
 RAG_QUESTION = "Question: {question}\nAnswer with a short phrase."
 
 
@@ -124,6 +126,56 @@ def rag_messages(question: str, passages: Sequence[str]) -> list[Message]:
     """
     documents = RAG_DOCUMENTS.format(passages=RAG_SEPARATOR.join(passages)) if passages else ""
     return [{"role": "user", "content": documents + RAG_QUESTION.format(question=question)}]
+
+
+def rag_segments(
+    question: str, passages: Sequence[Passage], render: Callable[[list[Message]], str]
+) -> list[Segment]:
+    """The rendered RAG prompt with its passages marked as known, however short they are.
+
+    Args:
+        render: the chat template.
+    """
+    spans: list[_Span] = []
+    at = len(RAG_DOCUMENTS.partition("{passages}")[0])
+    for passage in passages:
+        spans.append(_Span(at, at + len(passage.text), passage.content))
+        at = spans[-1].end + len(RAG_SEPARATOR)
+    messages = rag_messages(question, [passage.text for passage in passages])
+    return split_messages(messages, lambda _: spans, render)
+
+
+class _Span(NamedTuple):
+    """A passage where we put it ourselves."""
+
+    start: int
+    end: int
+    content: str
+
+
+def rag_pieces(
+    question: str,
+    passages: Sequence[str | None],
+    render: Callable[[list[Message]], str],
+) -> tuple[str, list[str | None]]:
+    """The rendered RAG prompt: the text before the first gist, and the pieces from there on.
+
+    Args:
+        passages: texts, and ``None`` for each passage that is there as a gist.
+        render: the chat template.
+
+    Returns:
+        Pieces in prompt order: texts, and ``None`` for each gist; the last one is a text. Between
+        neighbouring gists there is nothing: they stand side by side.
+    """
+    given = [MARK if text is None else text for text in passages]
+    first, *others = render(rag_messages(question, given)).split(MARK)
+    pieces: list[str | None] = []
+    for text in others:
+        if pieces and not (pieces[-1] or "").strip():
+            pieces.pop()
+        pieces += None, text
+    return first, pieces
 
 
 class _Markers:

@@ -22,19 +22,32 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
     "gist_rag.losses": (1, frozenset()),
     "gist_rag.types": (2, frozenset({"gist_rag.errors"})),
     "gist_rag.aio": (3, frozenset({"gist_rag.errors"})),
+    "gist_rag.batching": (1, frozenset()),
+    "gist_rag.constrain": (2, frozenset({"gist_rag.errors"})),
     "gist_rag.detokenize": (3, frozenset()),
     "gist_rag.layout": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
-    "gist_rag.matching": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
+    "gist_rag.matching": (
+        4,
+        frozenset({"gist_rag.errors", "gist_rag.types", "gist_rag.windows"}),
+    ),
     "gist_rag.models": (3, frozenset({"gist_rag.errors"})),
+    "gist_rag.priming": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
     "gist_rag.prompt": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
     "gist_rag.retrieval": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
-    "gist_rag.sampling": (3, frozenset({"gist_rag.types"})),
-    "gist_rag.store": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
+    "gist_rag.sampling": (3, frozenset({"gist_rag.constrain", "gist_rag.types"})),
+    "gist_rag.store": (4, frozenset({"gist_rag.errors", "gist_rag.types", "gist_rag.windows"})),
+    "gist_rag.windows": (3, frozenset({"gist_rag.types"})),
+    "gist_rag.tools": (
+        3,
+        frozenset({"gist_rag.constrain", "gist_rag.errors", "gist_rag.types"}),
+    ),
+    "gist_rag.questions": (3, frozenset({"gist_rag.errors"})),
     "gist_rag.sample": (4, frozenset({"gist_rag.retrieval", "gist_rag.types"})),
     "gist_rag.backbone": (
         4,
         frozenset(
             {
+                "gist_rag.constrain",
                 "gist_rag.errors",
                 "gist_rag.layout",
                 "gist_rag.sampling",
@@ -55,6 +68,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
             }
         ),
     ),
+    "gist_rag.lora": (5, frozenset({"gist_rag.backbone", "gist_rag.errors"})),
     "gist_rag.compressors": (
         6,
         frozenset(
@@ -63,7 +77,26 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.compose",
                 "gist_rag.errors",
                 "gist_rag.layout",
+                "gist_rag.lora",
                 "gist_rag.losses",
+                "gist_rag.prompt",
+                "gist_rag.types",
+            }
+        ),
+    ),
+    "gist_rag.train": (
+        7,
+        frozenset(
+            {
+                "gist_rag.backbone",
+                "gist_rag.compose",
+                "gist_rag.compressors",
+                "gist_rag.errors",
+                "gist_rag.lora",
+                "gist_rag.losses",
+                "gist_rag.models",
+                "gist_rag.prompt",
+                "gist_rag.questions",
                 "gist_rag.types",
             }
         ),
@@ -73,14 +106,17 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
         frozenset(
             {
                 "gist_rag.backbone",
+                "gist_rag.batching",
                 "gist_rag.compose",
                 "gist_rag.compressors",
                 "gist_rag.detokenize",
                 "gist_rag.errors",
                 "gist_rag.matching",
                 "gist_rag.models",
+                "gist_rag.priming",
                 "gist_rag.prompt",
                 "gist_rag.store",
+                "gist_rag.tools",
                 "gist_rag.types",
             }
         ),
@@ -108,11 +144,14 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.compressors",
                 "gist_rag.engine",
                 "gist_rag.errors",
+                "gist_rag.matching",
                 "gist_rag.models",
                 "gist_rag.prompt",
+                "gist_rag.questions",
                 "gist_rag.sample",
                 "gist_rag.store",
                 "gist_rag.types",
+                "gist_rag.windows",
             }
         ),
     ),
@@ -122,7 +161,15 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
     "gist_rag.demo": (11, frozenset({"*"})),
     "gist_rag.cli": (12, frozenset({"*"})),
 }
-PUBLIC = {"gist_rag.aio", "gist_rag.engine", "gist_rag.errors", "gist_rag.models", "gist_rag.types"}
+PUBLIC = {
+    "gist_rag.aio",
+    "gist_rag.constrain",
+    "gist_rag.engine",
+    "gist_rag.errors",
+    "gist_rag.models",
+    "gist_rag.tools",
+    "gist_rag.types",
+}
 """Modules whose names users and adapters may import directly."""
 
 

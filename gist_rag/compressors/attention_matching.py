@@ -15,11 +15,10 @@ from gist_rag.backbone import Context, Local, Prefix
 from gist_rag.compose import Placed, compose
 from gist_rag.compressors.base import Compressor, CompressorConfig
 from gist_rag.losses import distill
+from gist_rag.prompt import MARK
 from gist_rag.types import GistState
 
 REPEAT = "\n\nRepeat the text above."
-MARK = "\u241e"
-"""Stands for the passage while the chat template is rendered; any character no template uses."""
 REFINE_STEPS = 6
 MIN_MASS, MAX_MASS = 1e-4, 1e3
 RIDGE = 1e-4

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 from gist_rag.backbone import Backbone
 from gist_rag.errors import BadInput, PassageTooLong, UnknownCompressor
 from gist_rag.layout import Layout
+from gist_rag.lora import LoRA, LoRAConfig
+from gist_rag.losses import cross_entropy, distill
 from gist_rag.types import GistState
 
 FORMAT = 1
@@ -38,6 +42,29 @@ class CompressorConfig(BaseModel):
     ratio: float = Field(default=8.0, ge=1.0)
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What one training step has computed: passages compressed, composed and read.
+
+    Attributes:
+        passages: token ids ``(T_i,)`` of all passages of the batch.
+        hidden: ``(L + 1, B, S, E)`` residual streams of the compress pass.
+        states: what was made of them.
+        student: ``(N, V)`` logits of the answers' tokens, read after the gists.
+        teacher: ``(N, V)`` logits of the plain model that reads the text.
+        targets: ``(N,)`` the answers' tokens.
+        weights: ``(N,)`` summing to 1; every answer counts alike, whatever its length.
+    """
+
+    passages: Sequence[Tensor]
+    hidden: Tensor
+    states: Sequence[GistState]
+    student: Tensor
+    teacher: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
 class Compressor(nn.Module):
     """Turns passages into ``GistState``s, independent of question and neighbours.
 
@@ -46,12 +73,14 @@ class Compressor(nn.Module):
         paper: where it comes from; empty for controls.
         Config: its settings.
         trained: whether it needs trained weights to be of use.
+        loss_weights: how the terms of ``losses`` are summed up, unless a training run says else.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
     Config: ClassVar[type[CompressorConfig]] = CompressorConfig
     trained: ClassVar[bool] = False
+    loss_weights: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, backbone: Backbone, config: CompressorConfig | None = None) -> None:
         super().__init__()
@@ -86,10 +115,34 @@ class Compressor(nn.Module):
         """Last look at the extracted states of a batch; default: as they are."""
         return states
 
+    def adapted(self, rows: Tensor | None = None) -> AbstractContextManager[None]:
+        """What is in force while passages are encoded and gists extracted; default: nothing.
+
+        Args:
+            rows: ``(B, S)`` 1 at gists, 0 elsewhere; ``None`` where there are only gists.
+        """
+        return nullcontext()
+
+    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
+        """Terms of the training loss, scalars by name.
+
+        Default: ``kl``, reading the gists as the plain model reads the text, and ``ce``, giving the
+        answer.
+        """
+        weights = lesson.weights
+        return {
+            "kl": (distill(lesson.teacher, lesson.student) * weights).sum(),
+            "ce": (cross_entropy(lesson.student, lesson.targets) * weights).sum(),
+        }
+
     @property
     def max_tokens(self) -> int:
         """Longest passage that can be compressed, in tokens."""
         return self.backbone.max_positions
+
+    def set_ratio(self, ratio: float) -> None:
+        """Compress at another ratio from now on; the fingerprint changes with it."""
+        self.config = self.config.model_copy(update={"ratio": ratio})
 
     # ---- the shared path
 
@@ -118,9 +171,10 @@ class Compressor(nn.Module):
     def distil(self, hidden: Tensor, passages: Sequence[Tensor]) -> list[GistState]:
         """States from the residual streams ``(L + 1, B, S, E)`` that ``encode`` gave."""
         states = []
-        for row, ids in enumerate(passages):
-            layout = self.layout(ids)
-            states.append(self.extract(hidden[:, row, : len(layout)], layout))
+        with self.adapted():
+            for row, ids in enumerate(passages):
+                layout = self.layout(ids)
+                states.append(self.extract(hidden[:, row, : len(layout)], layout))
         return self.finish(states, passages)
 
     def encode(self, passages: Sequence[Tensor]) -> Tensor:
@@ -129,7 +183,7 @@ class Compressor(nn.Module):
         size = max(len(layout) for layout in layouts)
         gists, causal = self.embeddings(), all(layout.is_causal for layout in layouts)
         ids = torch.zeros(len(passages), size, dtype=torch.long)
-        source, positions = ids.clone(), ids.clone()
+        source, positions = torch.zeros_like(ids), torch.zeros_like(ids)
         mask: Tensor | None = None
         if not causal:  # padding sees itself
             mask = torch.eye(size, dtype=torch.bool).repeat(len(passages), 1, 1)[:, None]
@@ -146,7 +200,8 @@ class Compressor(nn.Module):
         tokens_at = source.clamp_min(0)[..., None].expand(-1, -1, table.shape[-1])
         gists_at = gists.to(table.dtype)[(-1 - source).clamp_min(0)]
         embedded = torch.where(source[..., None] < 0, gists_at, table.gather(1, tokens_at))
-        return self.backbone.encode(ids, embeddings=embedded, positions=positions, mask=mask)
+        with self.adapted((source < 0).float()):
+            return self.backbone.encode(ids, embeddings=embedded, positions=positions, mask=mask)
 
     # ---- identity and persistence
 
@@ -200,6 +255,48 @@ class Compressor(nn.Module):
         if weights.exists():
             compressor.load_state_dict(load_file(weights))
         return compressor.to(backbone.device)
+
+
+class TrainedConfig(CompressorConfig):
+    """Settings of methods that learn gist embeddings and an update of the compress pass.
+
+    Attributes:
+        lora: the update; it is in force while passages are compressed, never while gists are read.
+        adapt: whose rows it changes: those of the ``gists`` (tokens stay exactly the backbone's
+            own) or ``all``.
+    """
+
+    ratio: float = Field(default=4.0, ge=1.0)
+    lora: LoRAConfig = LoRAConfig()
+    adapt: Literal["gists", "all"] = "gists"
+
+
+class TrainedCompressor(Compressor):
+    """A compressor with gist embeddings and a LoRA of its own."""
+
+    Config: ClassVar[type[CompressorConfig]] = TrainedConfig
+    config: TrainedConfig
+    trained: ClassVar[bool] = True
+    loss_weights: ClassVar[Mapping[str, float]] = {"kl": 1.0, "ce": 0.2}
+
+    def __init__(self, backbone: Backbone, config: CompressorConfig | None = None) -> None:
+        super().__init__(backbone, config)
+        table = backbone.model.get_input_embeddings().weight.detach().float()
+        mean, spread = table.mean(0), table.std(0)
+        noise = torch.randn(self.num_embeddings, len(mean), device=table.device)
+        self.gists = nn.Parameter(mean + 0.1 * spread * noise)
+        self.lora = LoRA(backbone, self.config.lora)
+
+    @property
+    def num_embeddings(self) -> int:
+        """How many different gist embeddings there are; default: one for all gists."""
+        return 1
+
+    def embeddings(self) -> Tensor | None:
+        return self.gists
+
+    def adapted(self, rows: Tensor | None = None) -> AbstractContextManager[None]:
+        return self.lora.active(rows if self.config.adapt == "gists" else None)
 
 
 def read_document(folder: Path | str) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from gist_rag.backbone import Backbone
 from gist_rag.compressors.attention_matching import AttentionMatching
 from gist_rag.compressors.base import Compressor, read_document
 from gist_rag.compressors.full import Full
+from gist_rag.compressors.gisting import Gisting
 from gist_rag.compressors.pooled import MeanPooled, Strided
 from gist_rag.errors import BadInput, UnknownCompressor
 
 COMPRESSORS: dict[str, type[Compressor]] = {
-    method.name: method for method in (AttentionMatching, Full, MeanPooled, Strided)
+    method.name: method for method in (AttentionMatching, Full, Gisting, MeanPooled, Strided)
 }
 DEFAULT_COMPRESSOR = AttentionMatching.name
 

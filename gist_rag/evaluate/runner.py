@@ -21,18 +21,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local, Prefix
-from gist_rag.compose import Placed, Positions, compose, place
+from gist_rag.compose import Placed, Positions, arrange, compose
 from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.errors import BadInput
 from gist_rag.evaluate import metrics
 from gist_rag.evaluate.environment import environment
 from gist_rag.evaluate.tasks import Example, load_task
 from gist_rag.models import DEFAULT_MODEL, load_model
-from gist_rag.prompt import rag_messages
+from gist_rag.prompt import rag_messages, rag_pieces
 from gist_rag.types import GistState, Sampling
 
 TEXT_ARMS = ("closed", "full", "truncated")
-MARK = "\u241e"
 NEW_TOKENS = 16
 GROUP = 16
 """Questions whose answers are generated together."""
@@ -202,13 +201,12 @@ class _Arms:
         return _Reading(prefix, (), Local.after(ids[-1:], len(prefix), 0), slots, source)
 
     def _gists(self, question: str, states: Sequence[GistState], source: int) -> _Reading:
-        prompt = self.backbone.render(rag_messages(question, [MARK]))
-        before, after = prompt.split(MARK)
+        before, pieces = rag_pieces(question, [None] * len(states), self.backbone.render)
         if before not in self._prefixes:
             self._prefixes[before] = self.backbone.prefix(self.backbone.tokenize(before))
-        prefix = self._prefixes[before]
-        placed, end = place(states, len(prefix), self.config.positions)
-        text = Local.after(self.backbone.tokenize(after), end, len(states))
+        prefix, rest = self._prefixes[before], iter(states)
+        following = [next(rest) if p is None else self.backbone.tokenize(p) for p in pieces]
+        placed, text = arrange(following, len(prefix), self.config.positions)
         return _Reading(prefix, placed, text, sum(s.mean_slots for s in states), source)
 
 

@@ -1,0 +1,1 @@
+"""Training of compressors and readers: ``gist-rag train``."""

@@ -1,0 +1,112 @@
+"""Questions > examples. What a step sees depends on its number and the seed alone, so that a run
+that was interrupted goes on exactly as it would have."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+from gist_rag.errors import BadInput
+from gist_rag.prompt import rag_pieces
+from gist_rag.questions import Question, load_questions
+from gist_rag.train.config import READER, TrainConfig
+from gist_rag.types import Message
+
+UNANSWERABLE = "I do not know."
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question as a step sees it.
+
+    Attributes:
+        passages: texts in prompt order; perhaps none.
+        as_text: which of them stays text, or ``None``.
+    """
+
+    question: str
+    answer: str
+    passages: tuple[str, ...]
+    as_text: int | None = None
+
+    @property
+    def gisted(self) -> list[str]:
+        """The passages that are to be read as gists."""
+        return [text for i, text in enumerate(self.passages) if i != self.as_text]
+
+    def pieces(self, render: Callable[[list[Message]], str]) -> tuple[str, list[str | None]]:
+        """``rag_pieces`` of the prompt: ``None`` for each passage that is to be read as a gist."""
+        given = [text if i == self.as_text else None for i, text in enumerate(self.passages)]
+        return rag_pieces(self.question, given, render)
+
+
+class Examples:
+    """An endless supply of batches.
+
+    Args:
+        config: which files, how many passages.
+        count: tokens of a text.
+
+    Raises:
+        BadInput: no question has gold passages within ``max_passage_tokens``.
+    """
+
+    def __init__(self, config: TrainConfig, count: Callable[[str], int]) -> None:
+        self.config = config
+        fits = cache(lambda text: count(text) <= config.max_passage_tokens)
+        self.questions = [
+            replace(question, others=tuple(filter(fits, question.others)))
+            for path in config.data
+            for question in load_questions(path)
+            if all(map(fits, question.gold))
+        ]
+        if not self.questions:
+            raise BadInput(
+                f"no passage of {', '.join(map(str, config.data))} has "
+                f"{config.max_passage_tokens} tokens or fewer"
+            )
+        random.Random(config.seed).shuffle(self.questions)
+
+    def batch(self, step: int) -> tuple[list[Example], float]:
+        """Examples of a step, and the compression ratio it is to use.
+
+        All have the same number of passages, so that little is padded.
+        """
+        chance = random.Random(f"{self.config.seed}-{step}")
+        count = chance.randint(*self.config.passages)
+        ratio = chance.choice(self.config.ratios)
+        first = step * self.config.batch_size
+        rows = [
+            self.questions[(first + i) % len(self.questions)] for i in range(self.config.batch_size)
+        ]
+        return [self._example(row, count, chance) for row in rows], ratio
+
+    def _example(self, question: Question, count: int, chance: random.Random) -> Example:
+        config, kind = self.config, chance.random()
+        for_reader = config.method == READER
+        if for_reader and kind < config.closed_share:
+            return Example(question.text, question.answers[0], ())
+        unanswerable = for_reader and count > 1 and kind > 1 - config.unanswerable_share
+        texts = [] if unanswerable else list(question.gold)[:count]
+        texts += self._distractors(question, count - len(texts), chance)
+        chance.shuffle(texts)
+        stays = not for_reader and count > 1 and kind < config.text_share
+        return Example(
+            question.text,
+            UNANSWERABLE if unanswerable else question.answers[0],
+            tuple(texts),
+            chance.randrange(count) if stays else None,
+        )
+
+    def _distractors(self, question: Question, wanted: int, chance: random.Random) -> list[str]:
+        """Passages of the question's own row first, then gold passages of other questions."""
+        found = list(question.others[:wanted])
+        for _ in range(100 * wanted):  # a file of few passages must not keep us here for ever
+            if len(found) == wanted:
+                break
+            other = chance.choice(self.questions).gold[0]
+            if other not in question.gold and other not in found:
+                found.append(other)
+        return found

@@ -1,0 +1,189 @@
+"""Who learns, and what one step computes: the serving path with gradients on.
+
+GistStudent     compress > compose > read; the teacher is the same model reading the text
+ReaderStudent   read the text; there is no teacher but the answer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gist_rag.backbone import Backbone, Context, Local
+from gist_rag.compose import arrange, compose
+from gist_rag.compressors import Compressor, make_compressor
+from gist_rag.compressors.base import Lesson
+from gist_rag.errors import BadInput
+from gist_rag.lora import LoRA
+from gist_rag.losses import cross_entropy
+from gist_rag.prompt import rag_messages
+from gist_rag.train.config import READER, TrainConfig
+from gist_rag.train.data import Example
+from gist_rag.types import GistState
+
+
+class Student(nn.Module):
+    """Something with parameters that can be taught."""
+
+    def __init__(self, backbone: Backbone, config: TrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        object.__setattr__(self, "backbone", backbone)  # borrowed: no submodule
+
+    backbone: Backbone
+
+    def forward(self, examples: Sequence[Example], ratio: float) -> dict[str, Tensor]:
+        """Weighted loss terms of a batch; their sum is what is minimised."""
+        raise NotImplementedError
+
+    def groups(self) -> list[dict[str, object]]:
+        """Parameters with their learning rates."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write what has been learnt, ready for use."""
+        raise NotImplementedError
+
+    def count(self, examples: Sequence[Example]) -> int:
+        """Tokens of passages, questions and answers, each once."""
+        texts = [text for e in examples for text in (*e.passages, e.question, e.answer)]
+        return sum(len(self.backbone.tokenize(text)) for text in texts)
+
+    def _answer(self, example: Example) -> Tensor:
+        """``(A,)`` the answer's tokens and the end token."""
+        backbone = self.backbone
+        end = torch.tensor([min(backbone.stop_ids)])
+        return torch.cat((backbone.tokenize(example.answer), end))
+
+    def _read_text(self, examples: Sequence[Example], answers: Sequence[Tensor]) -> Tensor:
+        """Logits ``(N, V)`` of the answers' tokens after the full text."""
+        backbone = self.backbone
+        nothing = [backbone.prefix(torch.empty(0, dtype=torch.long))] * len(examples)
+        texts = []
+        for example, answer in zip(examples, answers, strict=True):
+            prompt = backbone.render(rag_messages(example.question, example.passages))
+            ids = torch.cat((backbone.tokenize(prompt), answer[:-1]))
+            texts.append(Local.after(ids, 0, 0))
+        return _answer_rows(backbone, Context(nothing, None), texts, answers)
+
+
+class GistStudent(Student):
+    """A compressor that learns to write gists which read as the text does."""
+
+    def __init__(self, backbone: Backbone, config: TrainConfig) -> None:
+        super().__init__(backbone, config)
+        settings = {"ratio": config.ratios[0], **config.settings}
+        self.compressor: Compressor = make_compressor(config.method, backbone, settings)
+        if not list(self.compressor.parameters()):
+            raise BadInput(f"{config.method} has nothing to train")
+        self.weights = {**self.compressor.loss_weights, **config.weights}
+        self._prefix = lru_cache(maxsize=16)(lambda text: backbone.prefix(backbone.tokenize(text)))
+
+    def forward(self, examples: Sequence[Example], ratio: float) -> dict[str, Tensor]:
+        compressor, backbone = self.compressor, self.backbone
+        answers = [self._answer(e) for e in examples]
+        with torch.no_grad():
+            teacher = self._read_text(examples, answers)
+
+        compressor.set_ratio(ratio)
+        passages = [backbone.tokenize(text) for e in examples for text in e.gisted]
+        hidden = compressor.encode(passages)
+        states = compressor.distil(hidden, passages)
+        student = self._read_gists(examples, answers, states)
+
+        device = student.device
+        return _weighted(
+            compressor.losses(
+                Lesson(
+                    passages=passages,
+                    hidden=hidden,
+                    states=states,
+                    student=student,
+                    teacher=teacher,
+                    targets=torch.cat(answers).to(device),
+                    weights=_equal_weights(answers).to(device),
+                )
+            ),
+            self.weights,
+        )
+
+    def _read_gists(
+        self, examples: Sequence[Example], answers: Sequence[Tensor], states: Sequence[GistState]
+    ) -> Tensor:
+        """Logits ``(N, V)`` of the answers' tokens after the gists."""
+        backbone, rest = self.backbone, iter(states)
+        prefixes, placed, texts = [], [], []
+        for example, answer in zip(examples, answers, strict=True):
+            before, pieces = example.pieces(backbone.render)
+            prefixes.append(self._prefix(before))
+            following = [next(rest) if p is None else backbone.tokenize(p) for p in pieces]
+            row, text = arrange([*following, answer[:-1]], len(prefixes[-1]), self.config.positions)
+            placed.append(row)
+            texts.append(text)
+        return _answer_rows(backbone, Context(prefixes, compose(placed, backbone)), texts, answers)
+
+    def groups(self) -> list[dict[str, object]]:
+        embeddings = {id(self.compressor.embeddings())}
+        named = list(self.compressor.named_parameters())
+        fast = [p for _, p in named if id(p) in embeddings]
+        rest = [p for _, p in named if id(p) not in embeddings]
+        lr = self.config.lr
+        groups = [(rest, lr), (fast, lr * self.config.embedding_lr_factor)]
+        return [{"params": params, "lr": rate} for params, rate in groups if params]
+
+    def save(self, folder: Path) -> None:
+        self.compressor.set_ratio(self.config.ratios[0])
+        self.compressor.save_pretrained(folder)
+
+
+class ReaderStudent(Student):
+    """A LoRA that learns to answer from text; saved as a PEFT adapter."""
+
+    def __init__(self, backbone: Backbone, config: TrainConfig) -> None:
+        super().__init__(backbone, config)
+        self.lora = LoRA(backbone, config.lora)
+
+    def forward(self, examples: Sequence[Example], ratio: float) -> dict[str, Tensor]:
+        answers = [self._answer(e) for e in examples]
+        with self.lora.active():
+            logits = self._read_text(examples, answers)
+        losses = cross_entropy(logits, torch.cat(answers).to(logits.device))
+        return {"ce": (losses * _equal_weights(answers).to(logits.device)).sum()}
+
+    def groups(self) -> list[dict[str, object]]:
+        return [{"params": list(self.lora.parameters()), "lr": self.config.lr}]
+
+    def save(self, folder: Path) -> None:
+        self.lora.save_peft(folder, self.config.model)
+
+
+def make_student(backbone: Backbone, config: TrainConfig) -> Student:
+    return (ReaderStudent if config.method == READER else GistStudent)(backbone, config)
+
+
+def _answer_rows(
+    backbone: Backbone, context: Context, texts: Sequence[Local], answers: Sequence[Tensor]
+) -> Tensor:
+    """Logits ``(N, V)`` that predict the answers with which the texts end (all but the last token).
+
+    Only these rows go through the vocabulary.
+    """
+    longest = max(map(len, answers))
+    logits = backbone.read(context, texts, num_logits=longest)  # right-aligned
+    return torch.cat([row[longest - len(a) :] for row, a in zip(logits, answers, strict=True)])
+
+
+def _equal_weights(answers: Sequence[Tensor]) -> Tensor:
+    return torch.cat([torch.full((len(a),), 1 / (len(a) * len(answers))) for a in answers])
+
+
+def _weighted(terms: dict[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    if unknown := weights.keys() - terms.keys():
+        raise BadInput(
+            f"no loss term {', '.join(sorted(unknown))}; there are {', '.join(sorted(terms))}"
+        )
+    return {name: term * weights.get(name, 0.0) for name, term in terms.items()}

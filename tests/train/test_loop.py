@@ -1,0 +1,124 @@
+"""A training run, on a tiny random model and the sample's questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gist_rag.backbone import Backbone
+from gist_rag.compressors import make_compressor
+from gist_rag.errors import BadInput, NotANumber
+from gist_rag.models import load_model
+from gist_rag.train.config import TrainConfig
+from gist_rag.train.loop import Report, train
+
+QUESTIONS = Path("gist_rag/data/sqlite_questions.jsonl").resolve()
+
+
+@pytest.fixture
+def settings(tiny_model_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "method": "gisting",
+        "data": [QUESTIONS],
+        "out": tmp_path / "run",
+        "model": str(tiny_model_folder),
+        "device": "cpu",
+        "passages": (1, 2),
+        "max_passage_tokens": 400,
+        "ratios": [4.0],
+        "steps": 6,
+        "batch_size": 2,
+        "lr": 5e-3,
+        "save_every": 3,
+        "log_every": 1,
+    }
+
+
+def run(settings: dict[str, Any], **changes: Any) -> list[Report]:
+    reports: list[Report] = []
+    train(TrainConfig.read(settings | changes), reports.append)
+    return reports
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "compressor.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gisting", "reader"])
+def test_training_lowers_the_loss(settings: dict[str, Any], method: str) -> None:
+    reports = run(settings, method=method, steps=30, save_every=30, passages=(1, 1), lr=2e-2)
+    total = [sum(r.losses.values()) for r in reports]
+    assert sum(total[-5:]) < 0.9 * sum(total[:5])
+    assert [r.step for r in reports] == list(range(1, 31))
+    log = (settings["out"] / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == list(range(1, 31))
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_as_it_would_have(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = settings | {"out": tmp_path / "whole"}, settings
+    run(whole)
+
+    def stop(report: Report) -> None:
+        if report.step == 5:  # after the checkpoint at 3, before the next
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig.read(broken), stop)
+    assert [r.step for r in run(broken)] == [4, 5, 6]
+    ours, theirs = weights(broken["out"]), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_was_trained_loads_by_folder(settings: dict[str, Any]) -> None:
+    run(settings, steps=1)
+    backbone = Backbone(*load_model(settings["model"]), name=settings["model"])
+    compressor = make_compressor(settings["out"], backbone)
+    ids = backbone.tokenize("SQLite reads and writes ordinary disk files.")
+    [state] = compressor.compress([ids])
+    assert state.ratio == pytest.approx(4, rel=0.3)
+
+
+def test_the_teacher_is_the_plain_model(settings: dict[str, Any]) -> None:
+    """A run changes its own parameters only: the model it borrowed is as it was."""
+    from gist_rag.train.students import GistStudent
+
+    backbone = Backbone(*load_model(settings["model"]), name=settings["model"])
+    before = backbone.fingerprint
+    student = GistStudent(backbone, TrainConfig.read(settings))
+    borrowed = {id(p) for p in backbone.model.parameters()}
+    assert not borrowed & {id(p) for p in student.parameters()}
+    del backbone.__dict__["fingerprint"]
+    assert backbone.fingerprint == before
+
+
+def test_a_folder_of_another_run_is_refused(settings: dict[str, Any]) -> None:
+    run(settings, steps=1)
+    with pytest.raises(BadInput, match=r"other settings \(lr\)"):
+        run(settings, steps=1, lr=1e-3)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(settings: dict[str, Any]) -> None:
+    with pytest.raises(NotANumber, match=r"at step .* lower lr than 1e\+30"):
+        run(settings, steps=20, save_every=1, lr=1e30, clip=1e30)
+    kept = weights(settings["out"])
+    assert kept
+    assert all(bool(w.isfinite().all()) for w in kept.values())
+
+
+def test_a_loss_term_that_does_not_exist_is_named(settings: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="no loss term mse; there are ce, kl"):
+        run(settings, weights={"mse": 1.0})
+
+
+def test_a_method_without_parameters_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="nothing to train"):
+        run(settings, method="strided")
