@@ -180,7 +180,7 @@ def fill_readme() -> None:
         f"(`balanced`: {presets['balanced']['seconds_per_passage']:.1f} s for "
         f"{cost['meta']['median_tokens']:.0f} tokens on this CPU), {presets['fast']['prefills']:.1f} "
         f"with `fast`, {presets['best']['prefills']:.0f} with `best`.",
-        "- Triton kernels, trained methods, tool calling and other engines (vLLM) are not here yet. "
+        "- Triton kernels, trained methods and other engines (vLLM) are not here yet. "
         "On a GPU everything runs in plain torch and has not been timed.",
     )
 

@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from gist_rag.constrain import Follower, Grammars
 from gist_rag.errors import BadInput, ContextOverflow, UnsupportedBackbone
 from gist_rag.layout import Slots
 from gist_rag.sampling import Chooser
@@ -170,6 +171,9 @@ class Backbone:
         tokenizer: its tokenizer.
         name: how users call the model.
 
+    Attributes:
+        lock: held during every forward pass, and by whoever changes for a while what one computes.
+
     Raises:
         UnsupportedBackbone: the model's attention cannot read gists; says why.
     """
@@ -185,7 +189,7 @@ class Backbone:
         self.model.set_attn_implementation(ATTENTION)
         self.tokenizer = tokenizer
         self.name = name or str(getattr(model.config, "_name_or_path", ""))
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
         config = model.config
         self.num_layers: int = config.num_hidden_layers
@@ -218,6 +222,11 @@ class Backbone:
         ids = self.model.generation_config.eos_token_id
         ids = ids if isinstance(ids, list) else [ids]
         return frozenset(i for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Constraints of answers, compiled for this tokenizer."""
+        return Grammars(self.tokenizer, self.stop_ids)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -255,6 +264,14 @@ class Backbone:
             ) from error
         return text
 
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether the chat template writes tools into a prompt."""
+        name, schema = "gist_rag_probe", {"type": "object", "properties": {}}
+        function = {"name": name, "description": "", "parameters": schema}
+        messages = [{"role": "user", "content": "Hello"}]
+        return name in self.render(messages, [{"type": "function", "function": function}])
+
     # ---- encoding
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -290,7 +307,7 @@ class Backbone:
         if positions is None:
             positions = torch.arange(input_ids.shape[1])[None]
         stream: list[Tensor] = []
-        with self._lock, _recorded(self.layers, stream):
+        with self.lock, _recorded(self.layers, stream):
             self.model.model(**arguments, position_ids=positions.to(self.device), use_cache=False)
         return torch.stack(stream)
 
@@ -355,7 +372,7 @@ class Backbone:
             )
             return Prefix(empty, empty)
         cache = DynamicCache(config=self.model.config)
-        with self._lock, torch.no_grad():
+        with self.lock, torch.no_grad():
             self.model.model(
                 input_ids=input_ids[None].to(self.device), past_key_values=cache, use_cache=True
             )
@@ -398,7 +415,7 @@ class Backbone:
         """
         stream: list[Tensor] = []
         step = self._start(context, texts)
-        with self._lock, _recorded(self.layers, stream):
+        with self.lock, _recorded(self.layers, stream):
             self._forward(step, 1)
         return torch.stack(stream), step.positions
 
@@ -418,18 +435,24 @@ class Backbone:
 
         A row yields its end token as its last one and ``None`` afterwards; the generator ends when
         every row has ended or reached its ``max_tokens``. A caller that has enough of some rows
-        sends their indices: ``steps.send({0, 2})``.
+        sends their indices: ``steps.send({0, 2})``. Tokens that a constraint leaves no choice about
+        are read together, in one forward pass with the first that is chosen again.
 
         Raises:
             ContextOverflow: a prompt with its answer needs more positions than the model has.
         """
         self._check_window(texts, sampling)
-        choosers = [Chooser(s, self.device) for s in sampling]
+        choosers = [Chooser(s, self.device, self._follower(s)) for s in sampling]
         state = self._start(context, texts)
+        logits = self._forward(state, 1)
+        unread: list[list[int]] = []  # tokens of each step since the last forward pass
         done: set[int] = set()
         for step in range(max(s.max_tokens for s in sampling)):
-            logits = self._forward(state, 1)
             done |= {row for row, s in enumerate(sampling) if step >= s.max_tokens}
+            going = [choosers[row] for row in range(len(sampling)) if row not in done]
+            if unread and not all(choose.knows_next for choose in going):
+                state = state.append(torch.tensor(unread, device=self.device).T)
+                logits, unread = self._forward(state, 1), []
             tokens = [
                 None if row in done else choose(logits[row, -1])
                 for row, choose in enumerate(choosers)
@@ -440,8 +463,12 @@ class Backbone:
                 sampling
             ):
                 return
-            ids = [[self._filler if token is None else token] for token in tokens]
-            state = state.append(torch.tensor(ids, device=self.device))
+            unread.append([self._filler if token is None else token for token in tokens])
+
+    def _follower(self, sampling: Sampling) -> Follower | None:
+        if sampling.constraint is None:
+            return None
+        return self.grammars.follow(sampling.constraint)
 
     @property
     def _filler(self) -> int:
@@ -499,7 +526,7 @@ class Backbone:
             arguments["attention_mask"] = step.visible
         if step.reading is not None:
             arguments["slots"] = step.reading
-        with self._lock:
+        with self.lock:
             out = self.model(
                 input_ids=step.ids,
                 position_ids=step.positions,
@@ -524,12 +551,13 @@ class _Step:
     reading: Reading | None
 
     def append(self, ids: Tensor) -> _Step:
-        """The next step: one token ``(B, 1)`` per row, which sees everything before it."""
-        visible = self.visible
+        """The next step: tokens ``(B, Q)``, which see everything before them."""
+        visible, count = self.visible, ids.shape[1]
         if visible is not None:
-            visible = nn.functional.pad(visible, (0, 1), value=True)
+            visible = nn.functional.pad(visible, (0, count), value=True)
         reading = None if self.reading is None else Reading(self.reading.slots)
-        return _Step(ids, self.positions[:, -1:] + 1, visible, self.cache, reading)
+        ahead = torch.arange(1, count + 1, device=ids.device)
+        return _Step(ids, self.positions[:, -1:] + ahead, visible, self.cache, reading)
 
 
 @contextmanager

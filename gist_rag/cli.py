@@ -1,4 +1,4 @@
-"""The ``gist-rag`` command: precompute | ask | demo | evaluate | bench | info | verify.
+"""The ``gist-rag`` command: precompute | ask | demo | train | evaluate | bench | info | verify.
 
 What needs torch is imported inside the commands, so that ``--help`` comes at once. Results go to
 stdout, progress and messages to stderr. Exit codes: 2 for input that cannot be used, 1 for what
@@ -28,6 +28,7 @@ from gist_rag.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from gist_rag.store import GistStore
+    from gist_rag.train.loop import Report
 
 PACKAGES = (
     "gist-rag",
@@ -259,6 +260,50 @@ def evaluate(
         console.print(_table([{"arm": arm, **row} for arm, row in result["arms"].items()]))
 
 
+@app.command()
+def train(
+    method: Annotated[
+        str | None, typer.Option(help="A method that is trained, or 'reader' for who reads.")
+    ] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Files of questions; repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file; options override it.")] = None,
+    model: Annotated[str | None, typer.Option(help="Alias, folder or Hugging Face id.")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Repeatable: one a step.")] = None,
+    passages: Annotated[str | None, typer.Option(help="Beside a question: 2, or 1-4.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Questions per step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of data order and initial weights.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda.")] = None,
+    dtype: Dtype = None,
+) -> None:
+    """Train a compressor, or the reader. Run again, it goes on where it was stopped."""
+    with _reported(as_json=False), _interruptible():
+        from gist_rag.train.config import TrainConfig
+        from gist_rag.train.loop import train as run
+
+        given = _given(
+            method=method,
+            data=data,
+            out=out,
+            model=model,
+            ratios=ratio,
+            passages=_range(passages),
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+        )
+        settings = TrainConfig.read((_yaml(config) if config else {}) | given)
+        _quiet_transformers()
+        with _training_bar() as report:
+            folder = run(settings, report)
+        _say(f"{settings.method} is in {folder}")
+
+
 @bench.command()
 def ttft(
     passages: Annotated[str, typer.Option(help="Passages per prompt, as in 1,2,5.")] = "1,2,5,10",
@@ -300,6 +345,24 @@ def precompute_cost(
 
         with _loading(model):
             result = bench_precompute(passages, model=model, ratio=ratio, dtype=dtype)
+        if as_json:
+            _print_json(result)
+        else:
+            console.print(_table(result["results"]))
+
+
+@bench.command("matching")
+def matching_speed(
+    passages: Annotated[int, typer.Option(help="Passages that are known.")] = 1_000_000,
+    prompts: Annotated[int, typer.Option(help="Timed prompts of each kind.")] = 200,
+    as_json: Json = False,
+) -> None:
+    """Time to find the known passages of a prompt, and the memory that takes."""
+    with _reported(as_json):
+        from gist_rag.evaluate.matching import bench_matching
+
+        with _bar("passages", hidden=as_json) as progress:
+            result = bench_matching(passages, prompts=prompts, progress=progress)
         if as_json:
             _print_json(result)
         else:
@@ -410,6 +473,52 @@ def _bar(things: str, *, hidden: bool = False) -> Iterator[Advance]:
             bar.update(task, completed=done, total=total, description=speed)
 
         yield advance
+
+
+@contextmanager
+def _training_bar() -> Iterator[Callable[[Report], None]]:
+    """A progress bar with loss terms and speed; a line each where there is no terminal."""
+    bar = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=messages,
+    )
+    with bar:
+        task = bar.add_task("steps", total=None)
+
+        def show(report: Report) -> None:
+            terms = " ".join(f"{name} {value:.3f}" for name, value in report.losses.items())
+            line = f"{terms}, {report.tokens_per_second:.0f} tokens/s"
+            bar.update(task, completed=report.step, total=report.steps, description=line)
+            if not messages.is_terminal:
+                _say(f"step {report.step}/{report.steps}: {line}")
+
+        yield show
+
+
+def _range(text: str | None) -> tuple[int, int] | None:
+    """``"2"`` or ``"1-4"``."""
+    if text is None:
+        return None
+    first, _, last = text.partition("-")
+    try:
+        return int(first), int(last or first)
+    except ValueError as error:
+        raise BadInput(f"--passages {text}: give a number or a range like 1-4") from error
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        given = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise BadInput(f"cannot read {path}: {error}") from error
+    if not isinstance(given, dict):
+        raise BadInput(f"{path} must hold settings by name")
+    return given
 
 
 def _quiet_transformers() -> None:

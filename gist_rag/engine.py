@@ -15,7 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local, Prefix
+from gist_rag.batching import Batcher
 from gist_rag.compose import Placed, Positions, compose, place
 from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.compressors.full import Full
@@ -39,8 +40,10 @@ from gist_rag.errors import (
 )
 from gist_rag.matching import PassageMatcher
 from gist_rag.models import DEFAULT_MODEL, load_model
+from gist_rag.priming import OnMiss, Primer
 from gist_rag.prompt import Known, Segment, Segments, Text, merge, split_messages
 from gist_rag.store import GistStore, pack, unpack
+from gist_rag.tools import ToolFormat, tool_format, with_instruction
 from gist_rag.types import (
     Answer,
     GistKey,
@@ -65,6 +68,8 @@ CORPUS_WINDOW = 512
 """Passages that are looked at together when batches are formed."""
 PREFIXES = 32
 """Leading texts whose exact KV is kept in memory."""
+BATCH_ROWS = 16
+"""Most prompts that are answered together because they were asked at the same time."""
 GATE_BOUND = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference between gist and plain logits, as a share of their range."""
 
@@ -79,6 +84,21 @@ class Precomputed:
     tokens: int
     seconds: float
     num_bytes: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and how to answer it."""
+
+    prompt: Prompt
+    sampling: Sampling
+    gist_mode: GistMode = "auto"
+    cancel: threading.Event | None = None
+    tools: Sequence[Any] | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        return self.cancel is not None and self.cancel.is_set()
 
 
 @dataclass(frozen=True)
@@ -99,6 +119,8 @@ class GistEngine:
         codec: how gists are stored, ``"bf16"`` or ``"int8"``.
         namespace: tenant; gists of another namespace are never read.
         positions: where passages that stand side by side go, see ``compose.Positions``.
+        batch_window_ms: how long ``generate`` waits for other threads that ask too, to answer all
+            in one batch; 0 for not at all.
     """
 
     def __init__(
@@ -110,6 +132,7 @@ class GistEngine:
         codec: str = "bf16",
         namespace: str = "",
         positions: Positions = "parallel",
+        batch_window_ms: float = 5.0,
     ) -> None:
         self.backbone = backbone
         self.compressor = compressor
@@ -120,13 +143,14 @@ class GistEngine:
         folder = self._scratch.name if self._scratch else store
         self.store = folder if isinstance(folder, GistStore) else GistStore.open(str(folder))
         self.space = self._space()
-        self._matcher = PassageMatcher()
-        self._known: set[str] = set()
-        self._generation = -1
         self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._checked = False
+        self._batcher = Batcher[Request, Answer](
+            self._answer, window_ms=batch_window_ms, max_size=BATCH_ROWS
+        )
+        self._primer = Primer(self._without_gist, self.precompute)
 
     @classmethod
     def from_pretrained(
@@ -239,6 +263,24 @@ class GistEngine:
             num_bytes=num_bytes,
         )
 
+    def prime(self, passages: Sequence[Passage], on_miss: OnMiss = "inline") -> None:
+        """See that passages which turned up have gists, as ``on_miss`` says.
+
+        Unlike ``precompute`` it raises nothing: errors are logged once, and a passage without a
+        gist is read as text.
+        """
+        self._primer.prime(passages, on_miss)
+
+    def wait_for_priming(self, timeout: float | None = None) -> bool:
+        """Wait for passages that are compressed in the background; whether all are done in time."""
+        return self._primer.wait(timeout)
+
+    def _without_gist(self, passages: Sequence[Passage]) -> list[Passage]:
+        """Passages that have no gist here, each once."""
+        unique = {p.content: p for p in passages}
+        absent = set(self.store.missing(self.space, set(unique)))
+        return [p for content, p in unique.items() if content in absent]
+
     @contextmanager
     def _released(self) -> Iterator[None]:
         """Let go of the store's writer lock afterwards, so that others can write."""
@@ -287,10 +329,17 @@ class GistEngine:
         cancel: threading.Event | None = None,
         tools: Sequence[Any] | None = None,
     ) -> Answer:
-        """Answer one prompt."""
-        *_, last = self.stream(prompt, sampling, gist_mode=gist_mode, cancel=cancel, tools=tools)
-        assert last.answer is not None
-        return last.answer
+        """Answer one prompt; together with those that other threads ask at the same time.
+
+        Args:
+            sampling: how tokens are chosen, how many, and what form the answer must have.
+            cancel: ends the answer when it is set.
+            tools: in OpenAI's format; shown as the chat template does, or else described in the
+                system message. What the answer may call is the business of
+                ``sampling.constraint``, see ``tool_format``.
+        """
+        request = Request(prompt, sampling or Sampling(), gist_mode, cancel, tools)
+        return self._batcher.ask(request)
 
     def stream(
         self,
@@ -302,17 +351,10 @@ class GistEngine:
         tools: Sequence[Any] | None = None,
     ) -> Iterator[Chunk]:
         """Answer one prompt piece by piece. Closing the iterator stops the generation."""
-        sampling = sampling or Sampling()
-        steps = self._run([prompt], [sampling], gist_mode, cancel, tools)
-        while True:
-            try:
-                pieces = next(steps)
-            except StopIteration as end:
-                rest, answer = end.value[0]
-                yield Chunk(rest, answer)
-                return
-            if pieces[0]:
-                yield Chunk(pieces[0])
+        request = Request(prompt, sampling or Sampling(), gist_mode, cancel, tools)
+        with closing(self._run([request])) as steps:
+            for pieces in steps:
+                yield from (chunk for _, chunk in pieces)
 
     def batch(
         self,
@@ -321,33 +363,33 @@ class GistEngine:
         *,
         gist_mode: GistMode = "auto",
         cancel: threading.Event | None = None,
+        tools: Sequence[Any] | None = None,
     ) -> list[Answer]:
         """Answer several prompts, with different passages, in one pass per token."""
         if not prompts:
             return []
         if sampling is None or isinstance(sampling, Sampling):
             sampling = [sampling or Sampling()] * len(prompts)
-        steps = self._run(prompts, sampling, gist_mode, cancel, None)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return [answer for _, answer in end.value]
+        requests = [
+            Request(prompt, one, gist_mode, cancel, tools)
+            for prompt, one in zip(prompts, sampling, strict=True)
+        ]
+        answers = dict(ready for step in self._answer(requests) for ready in step)
+        return [answers[i] for i in range(len(requests))]
 
-    def _run(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sequence[Sampling],
-        gist_mode: GistMode,
-        cancel: threading.Event | None,
-        tools: Sequence[Any] | None,
-    ) -> Generator[list[str], None, list[tuple[str, Answer]]]:
-        """The query path. Yields new text per prompt and step; returns rest and answer of each."""
+    def _answer(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Answer]]]:
+        """Answers by the place of their request, as they become ready."""
+        for pieces in self._run(requests):
+            yield [(i, chunk.answer) for i, chunk in pieces if chunk.answer is not None]
+
+    def _run(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Chunk]]]:
+        """The query path. Yields per step the new pieces of answers by the place of their request;
+        an answer's last piece carries it."""
         self.check_model()
         clock = _Clock()
-        segments = [self.segments(prompt, gist_mode, tools) for prompt in prompts]
+        segments = [self.segments(r.prompt, r.gist_mode, r.tools) for r in requests]
         clock.lap("match_ms")
-        segments, fetched = self._fetch(segments, gist_mode)
+        segments, fetched = self._fetch(segments, [r.gist_mode for r in requests])
         clock.lap("fetch_ms")
         plans = [self._plan(s, fetched.states) for s in segments]
         prefixes = [self._prefix(plan.prefix) for plan in plans]
@@ -355,26 +397,26 @@ class GistEngine:
         context = Context(prefixes, slots)
         clock.lap("compose_ms")
         texts = [plan.text for plan in plans]
-        steps = self.backbone.decode(context, texts, sampling)
-        rows = [_Row(self._decode_tokens, s) for s in sampling]
-        stopped: set[int] | None = None
-        while not (cancel is not None and cancel.is_set()):
-            try:
-                tokens = steps.send(stopped)
-            except StopIteration:
-                break
-            clock.lap("read_ms", "first_token_ms")
-            yield [
-                row.push(token, self.backbone.stop_ids)
-                for row, token in zip(rows, tokens, strict=True)
-            ]
-            stopped = {i for i, row in enumerate(rows) if row.ended}
-        steps.close()
-        clock.lap("total_ms")
-        return [
-            row.finish(fetched.stats(i, plan, clock.times), plan.passages)
-            for i, (row, plan) in enumerate(zip(rows, plans, strict=True))
-        ]
+        steps = self.backbone.decode(context, texts, [r.sampling for r in requests])
+        rows = [_Row(self._decode_tokens, r.sampling) for r in requests]
+        going, stopped = set(range(len(requests))), None
+        with closing(steps):
+            while going:
+                pieces: list[tuple[int, Chunk]] = []
+                ended = {i for i in going if requests[i].cancelled}
+                if going - ended:
+                    tokens = steps.send(stopped)
+                    clock.lap("read_ms", "first_token_ms")
+                    for i in sorted(going - ended):
+                        if text := rows[i].push(tokens[i], self.backbone.stop_ids):
+                            pieces.append((i, Chunk(text)))
+                    ended |= {i for i in going if rows[i].over}
+                for i in sorted(ended):
+                    stats = fetched.stats(i, plans[i], clock.times_in_all())
+                    pieces.append((i, Chunk(*rows[i].finish(stats, plans[i].passages))))
+                going -= ended
+                stopped = set(range(len(requests))) - going
+                yield pieces
 
     # ---- the steps of the query path
 
@@ -396,54 +438,48 @@ class GistEngine:
         if isinstance(prompt[0], Text | Known):
             return list(prompt)  # type: ignore[arg-type]
         messages: list[Message] = list(prompt)  # type: ignore[arg-type]
+        if tools and not self.backbone.shows_tools:
+            messages = with_instruction(messages, self.tool_format.offer(tools))
         return split_messages(messages, find, partial(self.backbone.render, tools=tools))
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How this model writes tool calls."""
+        return tool_format(getattr(self.backbone.tokenizer, "chat_template", None))
 
     def count(
         self, prompt: Prompt, gist_mode: GistMode = "auto", tools: Sequence[Any] | None = None
     ) -> int:
         """Positions that a prompt takes: tokens of its text and slots of its gists."""
-        [segments], fetched = self._fetch([self.segments(prompt, gist_mode, tools)], gist_mode)
+        [segments], fetched = self._fetch([self.segments(prompt, gist_mode, tools)], [gist_mode])
         return fetched.stats(0, self._plan(segments, fetched.states), {}).input_tokens
 
     @property
     def matcher(self) -> PassageMatcher:
-        """Index of all passages that have a gist here; follows the store."""
-        generation = self.store.generation
-        if generation != self._generation:
-            with self._lock:
-                self._follow_store()
-                self._generation = generation  # last, so that nobody takes half an index for whole
-        return self._matcher
-
-    def _follow_store(self) -> None:
-        current = set(self.store.contents(self.space))
-        for content in self._known - current:
-            self._matcher.discard(content)
-        for content in current - self._known:
-            if passage := self.store.passage(content):
-                self._matcher.add(passage.text)
-        self._known = current
+        """Finds passages that have a gist here, as the store stands whenever it looks."""
+        return PassageMatcher(self.store.index(self.space))
 
     def _fetch(
-        self, prompts: Sequence[Sequence[Segment]], gist_mode: GistMode
+        self, prompts: Sequence[Sequence[Segment]], gist_modes: Sequence[GistMode]
     ) -> tuple[list[list[Segment]], _Fetched]:
         """Load the gists of all prompts; passages without one become text.
 
         So does a passage that ends a prompt: the model must read something before it can answer.
         """
         given = prompts
-        prompts = [[*p[:-1], Text(p[-1].text)] for p in given]
+        prompts = [
+            [Text(s.text) for s in p] if mode == "off" else [*p[:-1], Text(p[-1].text)]
+            for p, mode in zip(given, gist_modes, strict=True)
+        ]
         wanted = {s.content for prompt in prompts for s in prompt if isinstance(s, Known)}
-        packed: dict[str, PackedState] = {}
-        if gist_mode != "off":
-            packed = self._load(wanted)
-            packed |= self._heal(wanted - packed.keys())
-        if gist_mode == "require":
-            for prompt in prompts:
-                if not any(isinstance(s, Known) and s.content in packed for s in prompt):
-                    raise GistsRequired(
-                        "gist_mode='require', but no passage of the prompt has a gist in this store"
-                    )
+        packed = self._load(wanted)
+        packed |= self._heal(wanted - packed.keys())
+        for prompt, mode in zip(prompts, gist_modes, strict=True):
+            read = any(isinstance(s, Known) and s.content in packed for s in prompt)
+            if mode == "require" and not read:
+                raise GistsRequired(
+                    "gist_mode='require', but no passage of the prompt has a gist in this store"
+                )
         states = {
             content: unpack(state, device=str(self.backbone.device), dtype=self.backbone.dtype)
             for content, state in packed.items()
@@ -552,6 +588,7 @@ class GistEngine:
 
     def close(self) -> None:
         """Close the store; a store without a folder of its own is gone afterwards."""
+        self._primer.close()
         self.store.close()
         if self._scratch:
             self._scratch.cleanup()
@@ -604,6 +641,11 @@ class _Row:
         self._count = 0
         self.ended = False
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing comes any more."""
+        return self.ended or self._count >= self._max_tokens
+
     def push(self, token: int | None, stop_ids: frozenset[int]) -> str:
         if token is None or self.ended:
             return ""
@@ -627,7 +669,7 @@ class _Row:
 
 
 class _Clock:
-    """Laps in milliseconds by name, each timed once; ``first_`` and ``total_`` from the start."""
+    """Laps in milliseconds by name, each timed once; ``first_`` from the start."""
 
     def __init__(self) -> None:
         self._start = self._last = time.perf_counter()
@@ -636,9 +678,13 @@ class _Clock:
     def lap(self, *names: str) -> None:
         now = time.perf_counter()
         for name in names:
-            since = self._start if name.startswith(("first", "total")) else self._last
+            since = self._start if name.startswith("first") else self._last
             self.times.setdefault(name, (now - since) * 1e3)
         self._last = now
+
+    def times_in_all(self) -> dict[str, float]:
+        """The laps so far, and what has passed since the start."""
+        return {**self.times, "total_ms": (time.perf_counter() - self._start) * 1e3}
 
 
 def _split_text(prompt: str, matches: Sequence[Any]) -> list[Segment]:

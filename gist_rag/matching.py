@@ -3,35 +3,35 @@ r"""Finds known passages in a text.
 Prompts reach an LLM class as plain strings, so a passage is recognised by its own words: no handle
 in the text, no id in the metadata. What is not found stays text, which costs time and nothing else.
 
-Index: the first 32 normalised characters from a passage's first letter or digit on (its *window*)
-point to the extents ``(lead, length)`` of the passages that begin so. In a text, only beginnings of
-words are looked up, and a hit counts when the sha256 of the whole span is a known content key: an
-edited passage can never match.
+The first 32 normalised characters from a passage's first letter or digit on (its *window*) lead to
+the passages that begin so, in an ``Index``: a store's or one in memory. In a text, only beginnings
+of words are looked up, and a hit counts when the sha256 of the whole span is a known content key:
+an edited passage can never match.
 
 Passages inside JSON or a Python ``repr`` are found in a second look at what the first one left, in
 which ``\n``, ``\"``, ``\u00e9`` and their like are read as the characters they stand for.
 
-Speed, on one core of a shared machine: a 6,000-character prompt with 5 of 20,000 known passages
-takes 0.5 ms, or 1.5 ms as JSON; indexing takes 40 us and 0.6 KB per passage. To measure again:
-``pytest tests/test_matching.py -k speed -s``.
+How fast it is does not depend on how many passages are known: ``gist-rag bench matching``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import threading
 import unicodedata
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, takewhile
+from itertools import takewhile
 from operator import attrgetter
-from typing import NamedTuple
 
 from gist_rag.errors import BadInput
 from gist_rag.types import content_key, normalise
+from gist_rag.windows import ANCHOR, SPACELESS, WINDOW, Index, Place, place
+
+MIN_CHARS = 48
+"""Passages with fewer characters are not looked for in prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,56 +44,19 @@ class Match:
 
 
 class PassageMatcher:
-    """The passages we know, and the search for them in prompts.
-
-    Any number of threads may search while others add and discard.
+    """The search for known passages in prompts. As safe for threads as its index.
 
     Args:
+        index: the passages we know.
         min_chars: passages with fewer normalised characters, counted from the first letter or
-            digit on, are not indexed, so that a phrase in a question is never taken for one.
+            digit on, are not looked for, so that a phrase in a question is never taken for one.
     """
 
-    def __init__(self, min_chars: int = 48) -> None:
-        if min_chars < _WINDOW:
-            raise BadInput(f"min_chars is {min_chars}; it must be {_WINDOW} or more")
+    def __init__(self, index: Index, min_chars: int = MIN_CHARS) -> None:
+        if min_chars < WINDOW:
+            raise BadInput(f"min_chars is {min_chars}; it must be {WINDOW} or more")
+        self.index = index
         self.min_chars = min_chars
-        self._places: dict[str, _Place] = {}
-        # window > extent > number of passages with both. Writers hold the lock; readers do
-        # without, as each of their steps (get, in, sorted over tuples) is atomic.
-        self._windows: dict[str, dict[_Extent, int]] = {}
-        self._writing = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __contains__(self, content: str) -> bool:
-        return content in self._places
-
-    def add(self, text: str) -> str | None:
-        """Index a passage; its content key, or ``None`` if it is too short to be recognised."""
-        place = _place(normalise(text))
-        if place.num_chars < self.min_chars:
-            return None
-        content = content_key(text)
-        with self._writing:
-            if content not in self._places:
-                extents = self._windows.setdefault(place.window, {})
-                extents[place.extent] = extents.get(place.extent, 0) + 1
-                self._places[content] = place
-        return content
-
-    def discard(self, content: str) -> None:
-        """Forget a passage; one that is not indexed is ignored."""
-        with self._writing:
-            place = self._places.pop(content, None)
-            if place is None:
-                return
-            extents = self._windows[place.window]
-            extents[place.extent] -= 1
-            if not extents[place.extent]:
-                del extents[place.extent]
-            if not extents:
-                del self._windows[place.window]
 
     def find(self, text: str) -> list[Match]:
         """The known passages in a text: leftmost, then longest, without overlap, in text order.
@@ -101,18 +64,18 @@ class PassageMatcher:
         A passage that needs its escapes decoded comes second to those that do not.
         """
         matches = self._find_plain(text)
-        if "\\" in text:
-            for start, end in _gaps(matches, len(text)):
+        for start, end in _gaps(matches, len(text)):
+            if "\\" in text[start:end]:
                 matches += self._find_escaped(text, start, end)
         return sorted(matches, key=attrgetter("start"))
 
     def why_not(self, passage: str, prompt: str) -> str:
         """One sentence for the user who asks why a passage of the prompt was not recognised."""
         folded = normalise(passage)
-        place, content = _place(folded), content_key(passage)
-        if place.num_chars < self.min_chars:
-            return f"too short ({place.num_chars} < {self.min_chars} characters)"
-        if content not in self:
+        standing, content = place(folded), content_key(passage)
+        if standing.num_chars < self.min_chars:
+            return f"too short ({standing.num_chars} < {self.min_chars} characters)"
+        if not self.index.known([content]):
             return "not indexed"
         for match in self.find(prompt):
             if match.content == content:
@@ -120,7 +83,7 @@ class PassageMatcher:
         views = normalise(prompt), normalise(_unescape(prompt)[0])
         if any(folded in view for view in views):
             return "occurs, but joined to a letter, digit or backslash, or inside another passage"
-        return _first_difference(folded, place, views)
+        return _first_difference(folded, standing, views)
 
     def _find_plain(self, text: str) -> list[Match]:
         folded = normalise(text)
@@ -140,71 +103,36 @@ class PassageMatcher:
 
     def _spans(self, folded: str) -> Iterator[Match]:
         """Matches in a normalised text."""
-        span = self._next_span(folded, 0)
-        while span is not None:
-            yield span
-            span = self._next_span(folded, span.end)
+        # Candidate order is span order: at each anchor the leftmost, then the longest.
+        candidates = list(self._candidates(folded))
+        known = self.index.known({c.content for c in candidates}) if candidates else ()
+        end = 0
+        for candidate in candidates:
+            if candidate.start >= end and candidate.content in known:
+                yield candidate
+                end = candidate.end
 
-    def _next_span(self, folded: str, start: int) -> Match | None:
-        # Anchor order is span order: there is no anchor between a span's start and its own anchor.
-        for anchor in _ANCHOR.finditer(folded, start):
-            head = anchor.start()
-            extents = self._windows.get(folded[head : head + _WINDOW])
-            if extents and (span := self._verify(folded, start, head, extents)):
-                return span
-        return None
-
-    def _verify(
-        self, folded: str, start: int, head: int, extents: dict[_Extent, int]
-    ) -> Match | None:
-        """The leftmost, then longest passage whose first letter or digit stands at ``head``."""
-        for lead, length in sorted(extents, reverse=True):
-            begin, end = head - lead, head - lead + length
-            if begin < start or end > len(folded):
-                continue
-            if _splits_word(folded, begin) or _splits_word(folded, end):
-                continue
-            # A backslash outside is likely half of an escape: the second look reads it whole.
-            if "\\" in folded[max(begin - 1, 0) : begin] + folded[end : end + 1]:
-                continue
-            content = _hash(folded[begin:end])
-            if content in self._places:
-                return Match(begin, end, content)
-        return None
+    def _candidates(self, folded: str) -> Iterator[Match]:
+        """Spans that begin and measure as a known passage does, anchor by anchor."""
+        heads = [anchor.start() for anchor in ANCHOR.finditer(folded)]
+        heads = heads[: bisect_right(heads, len(folded) - WINDOW)]
+        for head, extents in self.index.extents(folded, heads).items() if heads else ():
+            for lead, length in sorted(extents, reverse=True):
+                start, end = head - lead, head - lead + length
+                if length - lead >= self.min_chars and _fits(folded, start, end):
+                    yield Match(start, end, _hash(folded[start:end]))
 
 
-_WINDOW = 32
 _HINT = 16  # characters by which why_not tells that a passage begins
-
-_Extent = tuple[int, int]  # lead: characters before the first letter or digit; length of the whole
-
-
-class _Place(NamedTuple):
-    """Where a passage stands in the index."""
-
-    window: str
-    extent: _Extent
-
-    @property
-    def num_chars(self) -> int:
-        """Characters from the first letter or digit on."""
-        lead, length = self.extent
-        return length - lead
+_IS_SPACELESS = re.compile(f"[{SPACELESS}]")
 
 
-# Scripts that set no spaces between words: Thai to Myanmar, Khmer, and CJK with kana.
-_SPACELESS = (
-    "\u0e00-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
-)
-_IS_SPACELESS = re.compile(f"[{_SPACELESS}]")
-# Where a passage may begin: each run of letters and digits, and each letter of a spaceless script.
-_ANCHOR = re.compile(rf"[^\W_{_SPACELESS}]+|[^\W_]")
-
-
-def _place(folded: str) -> _Place:
-    anchor = _ANCHOR.search(folded)
-    lead = anchor.start() if anchor else len(folded)
-    return _Place(folded[lead : lead + _WINDOW], (lead, len(folded)))
+def _fits(folded: str, start: int, end: int) -> bool:
+    """Whether a passage may begin and end here."""
+    if start < 0 or end > len(folded) or _splits_word(folded, start) or _splits_word(folded, end):
+        return False
+    # A backslash outside is likely half of an escape: the second look reads it whole.
+    return "\\" not in folded[max(start - 1, 0) : start] + folded[end : end + 1]
 
 
 def _hash(folded: str) -> str:
@@ -236,17 +164,16 @@ def _gaps(matches: Sequence[Match], length: int) -> list[tuple[int, int]]:
 
 
 def _unfold(text: str) -> Callable[[int], int]:
-    """The way from a character of ``normalise(text)`` back to its offset in ``text``."""
-    words = [word.span() for word in re.finditer(r"\S+", text)]
-    folded_starts = list(accumulate((end - start + 1 for start, end in words), initial=0))
-
-    def offset(index: int) -> int:
-        word = bisect_right(folded_starts, index) - 1
-        return words[word][0] + index - folded_starts[word]
-
-    return offset
+    """The way from a character of ``normalise(text)``, no space, to its offset in ``text``."""
+    lead = len(text) - len(text.lstrip())
+    spaces, shifts = [-1], [lead]  # folded spaces, and by how much what follows has moved
+    for run in _SPACES.finditer(text, lead):
+        spaces.append(run.start() - shifts[-1])
+        shifts.append(shifts[-1] + run.end() - run.start() - 1)
+    return lambda index: index + shifts[bisect_left(spaces, index) - 1]
 
 
+_SPACES = re.compile(r"\s{2,}")
 _HEX = "[0-9a-fA-F]"
 _ESCAPE = re.compile(
     rf"\\(?:u[dD][89abAB]{_HEX}{{2}}\\u[dD][c-fC-F]{_HEX}{{2}}"  # a surrogate pair: one character
@@ -282,12 +209,12 @@ def _decode(escape: str) -> str:
     return units.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _first_difference(folded: str, place: _Place, views: Sequence[str]) -> str:
+def _first_difference(folded: str, standing: Place, views: Sequence[str]) -> str:
     """Where the best beginning of a passage in any of the views goes wrong."""
-    lead, length = place.extent
+    lead, length = standing.extent
     best, found = -1, ""
     for view in views:
-        for head in re.finditer(re.escape(place.window[:_HINT]), view):
+        for head in re.finditer(re.escape(standing.window[:_HINT]), view):
             begin = max(head.start() - lead, 0)
             agreed = _agreement(folded, view[begin : begin + length])
             if agreed > best:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from gist_rag.engine import Chunk, GistEngine, GistMode, Precomputed
+from gist_rag.engine import Chunk, GistEngine, Precomputed
 from gist_rag.errors import BadInput, CorruptEntry, IndexMismatch, SpaceMismatch
 from gist_rag.models import DEFAULT_EMBEDDER, embedder_folder
-from gist_rag.prompt import rag_messages
+from gist_rag.prompt import rag_messages, rag_segments
 from gist_rag.retrieval import Embedder, SentenceEmbedder, VectorIndex
 from gist_rag.store import GistStore
 from gist_rag.types import Answer, Passage, Sampling
@@ -186,9 +186,12 @@ class GistRAG:
     ) -> Iterator[Chunk]:
         """``ask`` piece by piece; the last piece carries the whole answer."""
         chosen = self.retrieve(question, k) if passages is None else passages
-        messages = rag_messages(question, [passage.text for passage in chosen])
-        mode: GistMode = "off" if full_text else "auto"
-        return self.engine.stream(messages, sampling, gist_mode=mode)
+        if full_text:
+            messages = rag_messages(question, [passage.text for passage in chosen])
+            return self.engine.stream(messages, sampling, gist_mode="off")
+        # Nobody needs to look for passages that we put there; the shortest would not be found.
+        segments = rag_segments(question, chosen, self.engine.backbone.render)
+        return self.engine.stream(segments, sampling)
 
     def delete(self, content: str) -> bool:
         """Forget a passage, gist and row; whether there was one."""

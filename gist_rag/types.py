@@ -12,12 +12,15 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
 
 from gist_rag.errors import BadInput
+
+if TYPE_CHECKING:
+    from gist_rag.constrain import Constraint
 
 
 def normalise(text: str) -> str:
@@ -280,7 +283,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. ``temperature`` 0 is greedy; ``seed`` makes sampling repeatable."""
+    """How tokens are chosen. ``temperature`` 0 is greedy; ``seed`` makes sampling repeatable.
+
+    ``constraint`` says what form the answer must have; what it does not allow is never chosen.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -288,6 +294,7 @@ class Sampling:
     top_k: int = 0
     stop: Sequence[str] = ()
     seed: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

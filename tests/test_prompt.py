@@ -17,6 +17,7 @@ from gist_rag.prompt import (
     split_messages,
 )
 from gist_rag.types import content_key
+from gist_rag.windows import MemoryIndex
 
 NESS = (
     'The Loch Ness monster was first described as a "monster" on 2 May 1933.\n\n'
@@ -70,10 +71,10 @@ def _warn_again():
 
 
 def find(text):
-    matcher = PassageMatcher()
-    matcher.add(NESS)
-    matcher.add(SUGAR)
-    return matcher.find(text)
+    index = MemoryIndex()
+    index.add(NESS)
+    index.add(SUGAR)
+    return PassageMatcher(index).find(text)
 
 
 def talk(content, role="user"):

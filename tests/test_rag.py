@@ -111,6 +111,19 @@ def test_given_passages_are_read_instead_of_retrieved_ones(
     assert answer.passages == passages[6:8]
 
 
+def test_passages_too_short_to_be_recognised_are_read_as_gists(
+    make_engine: MakeEngine, passages: list[Passage]
+) -> None:
+    short = Passage("A commit appends a record.", id="short")
+    rag = GistRAG(make_engine(settings={"ratio": 4}), embedder=WordEmbedder())
+    rag.build([short, *passages[:2]])
+    answer = rag.ask(short.text, 3, SHORT)
+    assert answer.stats.hits == 3
+    assert short in answer.passages
+    as_text = rag.ask(short.text, 3, SHORT, full_text=True)
+    assert answer.stats.text_tokens + answer.stats.cached_tokens < as_text.stats.input_tokens / 2
+
+
 @pytest.mark.parametrize(("question", "k"), [("  ", 5), ("What?", 0)])
 def test_empty_questions_and_k_below_one_are_refused(rag: GistRAG, question: str, k: int) -> None:
     with pytest.raises(BadInput):

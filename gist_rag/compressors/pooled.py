@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gist_rag.compressors.base import Compressor
-from gist_rag.layout import Layout
+from gist_rag.layout import Layout, window_ends
 from gist_rag.types import GistState
 
 
@@ -62,9 +61,3 @@ class MeanPooled(Compressor):
             num_tokens=layout.num_tokens,
             bias=bias,
         )
-
-
-def window_ends(num_tokens: int, ratio: float) -> Tensor:
-    """Exclusive ends of ``ceil(T / ratio)`` windows that differ by at most one token."""
-    windows = math.ceil(num_tokens / ratio)
-    return (torch.arange(1, windows + 1) * num_tokens).div(windows, rounding_mode="floor")

@@ -2,7 +2,8 @@
 
 A gist exists once the manifest says so, in one transaction per batch, after the shards are on the
 disk. Tables: ``meta`` (format and generation), ``spaces``, ``shards`` (how many bytes count),
-``passages`` (texts, in the order they came) and ``entries`` (space and content > place).
+``passages`` (texts, in the order they came), ``entries`` (space and content > place) and, since
+format 2, ``windows`` (how the passages of the entries begin, by which prompts are searched).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +23,28 @@ from typing import Any
 
 from gist_rag.errors import BadInput, CorruptEntry, FormatTooNew, StoreWriteError
 from gist_rag.store.shards import Place
-from gist_rag.types import GistKey, Passage
+from gist_rag.types import GistKey, Passage, normalise
+from gist_rag.windows import WINDOW, Extent, place, window_numbers
 
-FORMAT = 1
+FORMAT = 2
+WINDOWS_SINCE = 2
 
 logger = logging.getLogger(__name__)
 
 _BUSY_S = 30.0
 _PAGE_ROWS = 1000
+
+# ``number`` stands for a space and a window, and only leads to candidates: two may share one.
+_WINDOWS = """
+CREATE TABLE IF NOT EXISTS windows (
+    row INTEGER PRIMARY KEY AUTOINCREMENT,
+    number INTEGER NOT NULL,
+    lead INTEGER NOT NULL,
+    length INTEGER NOT NULL,
+    passages INTEGER NOT NULL,
+    UNIQUE (number, lead, length)
+)
+"""
 
 # AUTOINCREMENT never gives a number again: a reader that still knows the place of a gist in a
 # shard since deleted can find nothing there, but never another gist.
@@ -67,6 +83,7 @@ CREATE TABLE IF NOT EXISTS entries (
     PRIMARY KEY (space, content)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS entries_by_content ON entries (content);
+{_WINDOWS};
 INSERT OR IGNORE INTO meta VALUES ('format', {FORMAT}), ('generation', 0);
 COMMIT;
 """
@@ -130,7 +147,7 @@ class Manifest:
             self._connection = _connect(path, _mode(path))
             # FULL: compaction deletes old shards right after the commit that leaves them.
             self._connection.execute("PRAGMA synchronous = FULL")
-        number = self._meta("format")
+        number = self.format()
         if number > FORMAT:
             self.close()
             raise FormatTooNew(
@@ -158,6 +175,23 @@ class Manifest:
         with self._lock:
             self._connection.close()
 
+    def format(self) -> int:
+        """The format of the store; ``upgrade`` may raise it at any time."""
+        return self._meta("format")
+
+    def upgrade(self) -> None:
+        """Bring an older store to this format, all or nothing."""
+        if self.format() >= FORMAT:
+            return
+        logger.info("bringing the store at %s to format %s", self.path.parent, FORMAT)
+        with self._transaction():
+            self._connection.execute(_WINDOWS)
+            rows = self._connection.execute(
+                "SELECT space, text FROM entries JOIN passages USING (content)"
+            )
+            self._count_windows(rows)
+            self._connection.execute("UPDATE meta SET value = ? WHERE name = 'format'", (FORMAT,))
+
     def generation(self) -> int:
         """A number that every commit of any process raises."""
         return self._meta("generation")
@@ -168,6 +202,31 @@ class Manifest:
             (key.space, key.content),
         )
         return Place(*rows[0]) if rows else None
+
+    def known(self, space: str, contents: Collection[str]) -> set[str]:
+        """Those of the contents that have an entry in a space."""
+        query = (
+            "SELECT content FROM entries WHERE space = ? "
+            "AND content IN (SELECT value FROM json_each(?))"
+        )
+        return {content for (content,) in self._rows(query, (space, json.dumps([*contents])))}
+
+    def windows_after(self, row: int, limit: int) -> list[tuple[int, int]]:
+        """The next rows of the window table, in the order they came, and their numbers."""
+        query = "SELECT row, number FROM windows WHERE row > ? ORDER BY row LIMIT ?"
+        rows = self._whole_numbers(self._rows(query, (row, limit)))
+        if rows and rows[-1][0] <= row:
+            raise _damaged(self.path, "its windows are out of order")
+        return rows
+
+    def extents(self, numbers: Collection[int]) -> list[tuple[int, Extent]]:
+        """Extents of the passages behind some window numbers."""
+        query = (
+            "SELECT number, lead, length FROM json_each(?) "
+            "CROSS JOIN windows ON windows.number = json_each.value"
+        )
+        rows = self._whole_numbers(self._rows(query, (json.dumps([*numbers]),)))
+        return [(number, (lead, length)) for number, lead, length in rows]
 
     def spaces(self) -> dict[str, dict[str, object]]:
         rows = self._rows("SELECT space, description FROM spaces ORDER BY created, space")
@@ -256,7 +315,10 @@ class Manifest:
             (space, r.passage.content, *_columns(r.place), r.num_tokens, r.num_slots, time.time())
             for r in records
         ]
+        texts = {r.passage.content: r.passage.text for r in records}
         with self._transaction():
+            fresh = texts.keys() - self.known(space, texts)
+            self._count_windows((space, texts[content]) for content in fresh)
             self._connection.executemany(
                 "INSERT INTO passages (content, id, text, metadata) VALUES (?, ?, ?, ?) "
                 "ON CONFLICT (content) DO UPDATE "
@@ -271,6 +333,12 @@ class Manifest:
     def delete(self, content: str, space: str | None = None) -> int:
         """Forget entries of one space or of all, and the text once it has none; how many went."""
         with self._transaction():
+            gone = self._connection.execute(
+                "SELECT space, text FROM entries JOIN passages USING (content) "
+                "WHERE content = ? AND (? IS NULL OR space = ?)",
+                (content, space, space),
+            )
+            self._discount_windows(gone.fetchall())
             deleted = self._connection.execute(
                 "DELETE FROM entries WHERE content = ? AND (? IS NULL OR space = ?)",
                 (content, space, space),
@@ -292,6 +360,12 @@ class Manifest:
             )
             self._extend_shards(place for _, place in moved)
             numbers = [(shard,) for shard in freed]
+            left = self._connection.execute(
+                "SELECT space, text FROM entries JOIN passages USING (content) "
+                "WHERE shard IN (SELECT value FROM json_each(?))",
+                (json.dumps([*freed]),),
+            )
+            self._discount_windows(left.fetchall())
             self._connection.executemany("DELETE FROM entries WHERE shard = ?", numbers)
             self._connection.executemany("DELETE FROM shards WHERE shard = ?", numbers)
 
@@ -317,6 +391,12 @@ class Manifest:
         with self._lock, _translated(self.path):
             return self._connection.execute(query, parameters).fetchall()
 
+    def _whole_numbers(self, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """The rows, if nothing but integers is in them; SQLite puts up with anything."""
+        if all(type(value) is int for row in rows for value in row):
+            return rows
+        raise _damaged(self.path, "its windows are no numbers")
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """All or nothing, and a new generation."""
@@ -324,6 +404,23 @@ class Manifest:
             self._connection.execute("BEGIN IMMEDIATE")
             yield
             self._connection.execute("UPDATE meta SET value = value + 1 WHERE name = 'generation'")
+
+    def _count_windows(self, passages: Iterable[tuple[str, str]]) -> None:
+        """Index texts in their spaces, once per new entry."""
+        self._connection.executemany(
+            "INSERT INTO windows (number, lead, length, passages) VALUES (?, ?, ?, 1) "
+            "ON CONFLICT (number, lead, length) DO UPDATE SET passages = passages + 1",
+            _window_rows(passages),
+        )
+
+    def _discount_windows(self, passages: Iterable[tuple[str, str]]) -> None:
+        """Undo ``_count_windows`` for entries that go."""
+        rows = list(_window_rows(passages))
+        which = "number = ? AND lead = ? AND length = ?"
+        self._connection.executemany(
+            f"UPDATE windows SET passages = passages - 1 WHERE {which}", rows
+        )
+        self._connection.executemany(f"DELETE FROM windows WHERE {which} AND passages <= 0", rows)
 
     def _extend_shards(self, places: Iterable[Place]) -> None:
         self._connection.executemany(
@@ -376,6 +473,19 @@ def _damaged(path: Path, reason: object) -> CorruptEntry:
     return CorruptEntry(
         f"{path} is damaged ({reason}); delete the store and make it again with gist-rag precompute"
     )
+
+
+def space_seed(space: str) -> int:
+    """What keeps apart the window numbers of spaces."""
+    return zlib.crc32(space.encode())
+
+
+def _window_rows(passages: Iterable[tuple[str, str]]) -> Iterator[tuple[int, int, int]]:
+    """Number, lead and length of each text that is long enough to have a window."""
+    for space, text in passages:
+        window, (lead, length) = place(normalise(text))
+        if len(window) == WINDOW:
+            yield int(window_numbers(window, [0], space_seed(space))[0]), lead, length
 
 
 def _columns(place: Place) -> tuple[int, int, int, int]:

@@ -23,10 +23,12 @@ from types import TracebackType
 from gist_rag.errors import BadInput, CorruptEntry, StoreLocked, StoreWriteError
 from gist_rag.store.codec import from_bytes, num_slots, to_bytes
 from gist_rag.store.lock import WriterLock
-from gist_rag.store.manifest import Manifest, Record
+from gist_rag.store.manifest import WINDOWS_SINCE, Manifest, Record
 from gist_rag.store.shards import Place, Shards
 from gist_rag.store.tiers import MemoryTier
+from gist_rag.store.windows import WindowFilter, WindowTable
 from gist_rag.types import GistKey, PackedState, Passage
+from gist_rag.windows import Index, MemoryIndex
 
 MEMORY_BYTES = 512 * 2**20
 SHARD_BYTES = 256 * 2**20
@@ -83,6 +85,8 @@ class GistStore:
         self._manifest = Manifest(path / _MANIFEST)
         self._shards = Shards(path / _SHARDS, shard_bytes)
         self._memory = MemoryTier(memory_bytes)
+        self._window_filter = WindowFilter(self._manifest)
+        self._old_index: tuple[str, int, MemoryIndex] | None = None
         self._corrupt: set[GistKey] = set()
         self._corrupt_lock = threading.Lock()
         self._lock = WriterLock(path / _LOCK)
@@ -214,6 +218,22 @@ class GistStore:
         """Passages in the order they came; with a space, those that have a gist there."""
         return self._manifest.passages(space)
 
+    def index(self, space: str) -> Index:
+        """Where prompts are searched for the passages of a space; it follows every commit.
+
+        A store of an older format is upgraded for it. Where that may not be, or not now, its
+        passages are indexed in memory.
+        """
+        if self._manifest.format() >= WINDOWS_SINCE or self._try_to_upgrade():
+            return WindowTable(self._manifest, self._window_filter, space)
+        made, generation = self._old_index, self.generation
+        if made is None or made[:2] != (space, generation):
+            made = space, generation, MemoryIndex()
+            for passage in self.passages(space):
+                made[2].add(passage.text)
+            self._old_index = made
+        return made[2]
+
     def stats(self) -> StoreStats:
         totals = self._manifest.totals()
         return StoreStats(
@@ -332,6 +352,21 @@ class GistStore:
                 self._writer = None
             self._lock.release()
 
+    def _try_to_upgrade(self) -> bool:
+        """Bring the store to our format, unless it is read-only or somebody else is writing."""
+        if self.read_only:
+            return False
+        writes = self._writer is not None
+        try:
+            with self._writing():
+                pass
+        except (StoreLocked, StoreWriteError) as error:
+            logger.info("%s stays in its older format for now: %s", self.path, error)
+            return False
+        if not writes:
+            self.release()
+        return True
+
     def _load(self, key: GistKey) -> tuple[Place, PackedState] | None:
         """Read a gist from disk, and say from where; ``None`` when there is none.
 
@@ -394,6 +429,7 @@ class GistStore:
         self._lock.acquire()
         try:
             manifest = Manifest(self.path / _MANIFEST)
+            manifest.upgrade()
             self._shards.recover(manifest.shards())
         except BaseException:
             self._lock.release()

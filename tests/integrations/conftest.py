@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ class SeenPrompts:
         self._texts = [p.text for p in passages]
         self.gists: list[list[str]] = []
         self.texts: list[str] = []
+        self.read: list[list[Any]] = []
 
     def add(self, segments: list[Any]) -> None:
+        self.read.append(segments)
         known = [s for s in segments if isinstance(s, Known)]
         self.gists.append([self._ids[s.content] for s in known])
         self.texts.append("".join(s.text for s in segments if s not in known))
@@ -58,19 +60,29 @@ def engine(backbone: Backbone, gists: Path) -> Iterator[GistEngine]:
 
 
 @pytest.fixture
-def prompts(
-    engine: GistEngine, known: list[Passage], monkeypatch: pytest.MonkeyPatch
-) -> SeenPrompts:
+def watch(
+    known: list[Passage], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[GistEngine], SeenPrompts]:
+    """The prompts that an engine is given from here on."""
+
+    def start(engine: GistEngine) -> SeenPrompts:
+        seen, split = SeenPrompts(known), engine.segments
+
+        def segments(*args: Any, **kwargs: Any) -> Any:
+            found = split(*args, **kwargs)
+            seen.add(found)
+            return found
+
+        monkeypatch.setattr(engine, "segments", segments)
+        return seen
+
+    return start
+
+
+@pytest.fixture
+def prompts(engine: GistEngine, watch: Callable[[GistEngine], SeenPrompts]) -> SeenPrompts:
     """The prompts that ``engine`` is given from here on."""
-    seen, split = SeenPrompts(known), engine.segments
-
-    def segments(*args: Any, **kwargs: Any) -> Any:
-        found = split(*args, **kwargs)
-        seen.add(found)
-        return found
-
-    monkeypatch.setattr(engine, "segments", segments)
-    return seen
+    return watch(engine)
 
 
 @pytest.fixture

@@ -9,18 +9,26 @@ from typing import Any
 
 import faiss
 import pytest
-from llama_index.core import PromptTemplate, StorageContext, VectorStoreIndex
+from llama_index.core import (
+    PromptTemplate,
+    StorageContext,
+    VectorStoreIndex,
+    get_response_synthesizer,
+    load_index_from_storage,
+)
 from llama_index.core.base.llms.types import ImageBlock, TextBlock, ThinkingBlock, ToolCallBlock
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
-from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import ChatMessage
+from llama_index.core.query_engine import CitationQueryEngine
 from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 from llama_index.vector_stores.faiss import FaissVectorStore
 
 from gist_rag.errors import BadInput, GistsRequired
-from llama_index.llms.gist_rag import GistLLM, base
+from gist_rag.models import embedder_folder
+from llama_index.llms.gist_rag import GistLLM, GistPromptHelper, base
 
 QUESTION = "When does a COMMIT occur?"
 
@@ -37,12 +45,12 @@ def nodes(known: Any) -> list[TextNode]:
 
 @pytest.fixture(scope="session")
 def index(nodes: list[TextNode]) -> VectorStoreIndex:
-    """Equal embeddings for all, so that the first nodes are retrieved."""
-    store = FaissVectorStore(faiss_index=faiss.IndexFlatL2(8))
+    """FAISS with MiniLM."""
+    store = FaissVectorStore(faiss_index=faiss.IndexFlatIP(384))
     return VectorStoreIndex(
         nodes,
         storage_context=StorageContext.from_defaults(vector_store=store),
-        embed_model=MockEmbedding(embed_dim=8),
+        embed_model=HuggingFaceEmbedding(model_name=embedder_folder()),
     )
 
 
@@ -60,43 +68,79 @@ def both(known: Any) -> list[ChatMessage]:
 
 # ---- query engines
 
+TOGETHER = ["compact", "tree_summarize", "compact_accumulate", "simple_summarize"]
+APART = ["refine", "accumulate"]
 
-@pytest.mark.parametrize(
-    "mode", ["compact", "tree_summarize", "compact_accumulate", "simple_summarize"]
-)
-def test_query_engine_reads_all_gists_in_one_call(
+
+def in_calls(mode: str, expected: list[str]) -> list[list[str]]:
+    """What each call reads: all passages, or one."""
+    return [expected] if mode in TOGETHER else [[passage] for passage in expected]
+
+
+@pytest.mark.parametrize("mode", TOGETHER + APART)
+def test_query_engine_reads_gists(
     index: Any, llm: GistLLM, prompts: Any, expected: Any, mode: str
 ) -> None:
     index.as_query_engine(llm=llm, similarity_top_k=3, response_mode=mode).query(QUESTION)
-    assert prompts.gists == [expected]
+    assert prompts.gists == in_calls(mode, expected)
     assert prompts.no_passage_as_text()
 
 
-@pytest.mark.parametrize("mode", ["refine", "accumulate"])
-def test_query_engine_reads_one_gist_per_call(
-    index: Any, llm: GistLLM, prompts: Any, expected: Any, mode: str
-) -> None:
-    index.as_query_engine(llm=llm, similarity_top_k=3, response_mode=mode).query(QUESTION)
-    assert prompts.gists == [[passage] for passage in expected]
-    assert prompts.no_passage_as_text()
-
-
-def test_streaming_query_engine_reads_gists(
-    index: Any, llm: GistLLM, prompts: Any, expected: Any
-) -> None:
-    engine = index.as_query_engine(llm=llm, similarity_top_k=3, streaming=True)
-    streamed = list(engine.query(QUESTION).response_gen)
-    whole = index.as_query_engine(llm=llm, similarity_top_k=3).query(QUESTION)
-    assert "".join(streamed) == whole.response
-    assert prompts.gists == [expected] * 2
-
-
+@pytest.mark.parametrize("mode", TOGETHER + APART)
 async def test_awaited_query_engine_reads_gists(
+    index: Any, llm: GistLLM, prompts: Any, expected: Any, mode: str
+) -> None:
+    engine = index.as_query_engine(llm=llm, similarity_top_k=3, response_mode=mode)
+    await engine.aquery(QUESTION)
+    assert sorted(prompts.gists) == sorted(in_calls(mode, expected))
+    assert prompts.no_passage_as_text()
+
+
+@pytest.mark.parametrize("mode", ["compact", "tree_summarize", "simple_summarize", "refine"])
+def test_streaming_query_engine_reads_gists(
+    index: Any, llm: GistLLM, prompts: Any, expected: Any, mode: str
+) -> None:
+    options = {"llm": llm, "similarity_top_k": 3, "response_mode": mode}
+    streamed = list(index.as_query_engine(streaming=True, **options).query(QUESTION).response_gen)
+    assert prompts.gists == in_calls(mode, expected)
+    assert "".join(streamed) == index.as_query_engine(**options).query(QUESTION).response
+
+
+async def test_questions_awaited_at_once_read_their_gists(
     index: Any, llm: GistLLM, prompts: Any, expected: Any
 ) -> None:
     engine = index.as_query_engine(llm=llm, similarity_top_k=3)
     await asyncio.gather(*(engine.aquery(QUESTION) for _ in range(3)))
     assert prompts.gists == [expected] * 3
+
+
+def test_citations_keep_their_sources_and_read_gists(
+    index: Any, llm: GistLLM, prompts: Any, expected: Any, nodes: Any
+) -> None:
+    engine = CitationQueryEngine.from_args(index, llm=llm, similarity_top_k=3)
+    response = engine.query(QUESTION)
+    assert prompts.gists == [expected]
+    assert [f"Source {i}:" in prompts.texts[0] for i in (1, 2, 3)] == [True] * 3
+    texts = {node.node_id: node.text for node in nodes}
+    for source, passage in zip(response.source_nodes, expected, strict=True):
+        assert texts[passage] in source.text
+        assert source.metadata == {"file_name": f"{passage}.md"}
+
+
+def test_metadata_is_read_as_text_beside_its_gist(
+    index: Any, llm: GistLLM, prompts: Any, expected: Any
+) -> None:
+    index.as_query_engine(llm=llm, similarity_top_k=3).query(QUESTION)
+    places = [prompts.texts[0].index(f"file_name: {passage}.md") for passage in expected]
+    assert places == sorted(places)
+
+
+def test_gists_off_gives_the_prompt_of_the_chat_template(
+    llm: GistLLM, prompts: Any, both: Any
+) -> None:
+    llm.chat(both, gist_mode="off")
+    rendered = llm.engine.backbone.render([{"role": "user", "content": both[0].content}])
+    assert prompts.texts == [rendered]
 
 
 def test_query_engine_completes_raw_prompts(
@@ -108,22 +152,95 @@ def test_query_engine_completes_raw_prompts(
     assert "<|im_start|>" not in prompts.texts[0]
 
 
-@pytest.mark.parametrize("mode", ["context", "condense_plus_context"])
+CHAT_MODES = ["context", "condense_plus_context", "condense_question", "best"]
+
+
+@pytest.mark.parametrize("mode", CHAT_MODES)
 def test_chat_engine_reads_gists_in_each_turn(
-    index: Any, llm: GistLLM, prompts: Any, expected: Any, mode: str
+    index: Any, llm: GistLLM, prompts: Any, mode: str
 ) -> None:
     chat = index.as_chat_engine(chat_mode=mode, llm=llm, similarity_top_k=3)
     chat.chat(QUESTION)
     list(chat.stream_chat("And then?").response_gen)
-    assert [found for found in prompts.gists if found] == [expected] * 2
+    assert [len(found) for found in prompts.gists if found] == [3, 3]
     assert prompts.no_passage_as_text()
 
 
-def test_prompt_helper_plans_for_the_real_window(index: Any, llm: GistLLM, prompts: Any) -> None:
+@pytest.mark.parametrize("mode", CHAT_MODES)
+async def test_awaited_chat_engine_reads_gists_in_each_turn(
+    index: Any, llm: GistLLM, prompts: Any, mode: str
+) -> None:
+    chat = index.as_chat_engine(chat_mode=mode, llm=llm, similarity_top_k=3)
+    await chat.achat(QUESTION)
+    stream = await chat.astream_chat("And then?")
+    async for _ in stream.async_response_gen():
+        pass
+    assert [len(found) for found in prompts.gists if found] == [3, 3]
+    assert prompts.no_passage_as_text()
+
+
+def test_index_reopened_from_disk_reads_gists(
+    index: Any, llm: GistLLM, prompts: Any, expected: Any, tmp_path: Any
+) -> None:
+    index.storage_context.persist(tmp_path)
+    storage = StorageContext.from_defaults(
+        vector_store=FaissVectorStore.from_persist_dir(str(tmp_path)), persist_dir=str(tmp_path)
+    )
+    again = load_index_from_storage(storage, embed_model=index._embed_model)
+    again.as_query_engine(llm=llm, similarity_top_k=3).query(QUESTION)
+    assert prompts.gists == [expected]
+
+
+# ---- planning prompts
+
+
+def test_stock_prompt_helper_plans_for_the_real_window(
+    index: Any, llm: GistLLM, prompts: Any
+) -> None:
     assert llm.metadata.context_window == llm.engine.backbone.max_positions
     llm.context_window = 900
     index.as_query_engine(llm=llm, similarity_top_k=8).query(QUESTION)
     assert len(prompts.gists) > 1
+
+
+@pytest.mark.parametrize("mode", ["compact", "tree_summarize", "simple_summarize"])
+def test_gist_prompt_helper_packs_by_slots(
+    index: Any, llm: GistLLM, prompts: Any, mode: str
+) -> None:
+    llm.context_window = 1600
+    synthesizer = get_response_synthesizer(
+        llm=llm, response_mode=mode, prompt_helper=GistPromptHelper.from_llm(llm)
+    )
+    engine = index.as_query_engine(llm=llm, similarity_top_k=8, response_synthesizer=synthesizer)
+    prompts.gists.clear()
+    engine.query(QUESTION)
+    assert len(prompts.gists[-1]) == 8
+    assert llm.engine.count(prompts.read[-1]) <= 1600
+
+
+def test_gist_prompt_helper_cuts_no_passage_that_fits(llm: GistLLM, known: Any) -> None:
+    llm.context_window = 700
+    helper = GistPromptHelper.from_llm(llm)
+    texts = [passage.text for passage in known]
+    packed = helper.repack(PromptTemplate("{context_str} {query_str}"), texts)
+    assert 1 < len(packed) < 8
+    assert "\n\n".join(packed) == "\n\n".join(texts)
+    assert all(llm.count_tokens(text) <= 700 - llm.max_new_tokens for text in packed)
+
+
+def test_gist_prompt_helper_cuts_text_that_is_too_long(llm: GistLLM) -> None:
+    llm.context_window = 100
+    helper = GistPromptHelper.from_llm(llm)
+    packed = helper.repack(PromptTemplate("{context_str}"), ["word " * 300])
+    assert len(packed) > 3
+
+
+def test_tokens_are_counted_with_gists(llm: GistLLM, known: Any) -> None:
+    gist, text = llm.count_tokens(known[0].text), len(llm.engine.backbone.tokenize(known[0].text))
+    assert gist < text / 3
+    assert llm.count_tokens("") == 0
+    llm.gist_mode = "off"
+    assert llm.count_tokens(known[0].text) == pytest.approx(text, abs=2)
 
 
 # ---- the four ways to ask, awaited and not
@@ -312,6 +429,13 @@ def test_precompress_takes_nodes_and_texts(make_engine: Any, nodes: Any, known: 
     assert (done.written, again.written, again.skipped) == (3, 0, 3)
     response = llm.chat([ChatMessage("\n\n".join(p.text for p in known[:2]))])
     assert response.raw["gist"]["passages"] == [nodes[0].node_id, nodes[1].node_id]
+
+
+def test_why_not_names_the_reason(llm: GistLLM, both: Any, known: Any, nodes: Any) -> None:
+    assert "found at" in llm.why_not(nodes[0], both)
+    assert "differs at" in llm.why_not(known[0].text, known[0].text[:90])
+    assert "not indexed" in llm.why_not(known[0].text + " And more.", both[0].content)
+    assert "too short" in llm.why_not("Short.", both)
 
 
 def test_explain_shows_what_would_be_read(llm: GistLLM, both: Any) -> None:

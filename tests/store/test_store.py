@@ -108,11 +108,11 @@ class TestOpening:
     def test_a_newer_format_is_refused_by_name(self, store: GistStore) -> None:
         store.close()
         connection = sqlite3.connect(store.path / "manifest.sqlite")
-        connection.execute("UPDATE meta SET value = 2 WHERE name = 'format'")
+        connection.execute("UPDATE meta SET value = 3 WHERE name = 'format'")
         connection.commit()
         connection.close()
 
-        with pytest.raises(FormatTooNew, match="has format 2"):
+        with pytest.raises(FormatTooNew, match="has format 3"):
             GistStore.open(store.path)
 
     def test_a_damaged_manifest_is_named(self, tmp_path: Path) -> None:

@@ -19,10 +19,34 @@ from gist_rag.errors import MissingExtra
 if TYPE_CHECKING:
     from langchain_gist_rag.chat_models import ChatGist
     from langchain_gist_rag.llms import GistLLM
+    from langchain_gist_rag.priming import (
+        GistCallbackHandler,
+        GistDocumentCompressor,
+        ensure_gists,
+        gist_capture,
+    )
+    from langchain_gist_rag.retrievers import GistRetriever
 
-_HOMES = {"ChatGist": "chat_models", "GistLLM": "llms"}
+_HOMES = {
+    "ChatGist": "chat_models",
+    "GistCallbackHandler": "priming",
+    "GistDocumentCompressor": "priming",
+    "GistLLM": "llms",
+    "GistRetriever": "retrievers",
+    "ensure_gists": "priming",
+    "gist_capture": "priming",
+}
 
-__all__ = ["ChatGist", "GistLLM", "__version__"]
+__all__ = [
+    "ChatGist",
+    "GistCallbackHandler",
+    "GistDocumentCompressor",
+    "GistLLM",
+    "GistRetriever",
+    "__version__",
+    "ensure_gists",
+    "gist_capture",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,10 +21,11 @@ from gist_rag.errors import BadInput
 from gist_rag.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:  # these import torch, which importing a LangChain class should not
-    from gist_rag import GistEngine, Sampling
+    from gist_rag import GistEngine, Passage, Sampling
     from gist_rag.engine import Precomputed
 
 GistMode = Literal["auto", "off", "require"]
+OnMiss = Literal["ignore", "background", "inline"]
 
 PROVIDER = "gist_rag"
 
@@ -40,7 +41,12 @@ _NAMES_ENGINE = (
     "device",
 )
 _SAMPLES = ("max_tokens", "temperature", "top_p", "top_k", "seed")
-_IGNORED = ("stream", "ls_structured_output_format")  # LangChain's own, meant for other layers
+_CALL_ONLY = ("constraint",)
+_IGNORED = (  # meant for other layers or other providers
+    "ls_structured_output_format",
+    "stream",
+    "strict",
+)
 
 
 class Request(TypedDict):
@@ -103,6 +109,11 @@ class GistModel(BaseLanguageModel[Any], ABC):
     gist_mode: GistMode = "auto"
     """``auto`` reads known passages as gists, ``off`` reads all as text, ``require`` raises
     ``GistsRequired`` when no passage of the prompt has a gist. May be given per call."""
+
+    on_miss: OnMiss = "ignore"
+    """What happens with documents that turn up beside a prompt (in ``ToolMessage.artifact``) and
+    have no gist: ``ignore`` reads them as text, ``background`` compresses them for the next time,
+    ``inline`` before answering."""
 
     temperature: float | None = Field(default=None, ge=0)
     """0, the default, is greedy."""
@@ -187,14 +198,8 @@ class GistModel(BaseLanguageModel[Any], ABC):
         Returns:
             How many were written and skipped, their tokens, bytes and seconds.
         """
-        from gist_rag import Passage
-
-        passages = [
-            Passage(d) if isinstance(d, str) else Passage(d.page_content, id=_source(d))
-            for d in documents
-        ]
         with progress_bar(show_progress) as progress:
-            done: Precomputed = self.engine.precompute(passages, progress=progress)
+            done: Precomputed = self.engine.precompute(to_passages(documents), progress=progress)
         return done
 
     def _request(
@@ -204,6 +209,7 @@ class GistModel(BaseLanguageModel[Any], ABC):
         from gist_rag import Sampling
 
         options = {name: getattr(self, name) for name in (*_SAMPLES, "gist_mode")}
+        options |= dict.fromkeys(_CALL_ONLY)
         _warn_unknown(given.keys() - options.keys() - set(_IGNORED), "a call")
         options |= {name: value for name, value in given.items() if name in options}
         gist_mode = options.pop("gist_mode")
@@ -243,6 +249,14 @@ def _build_engine(model_name: str, store: str | Path | None, **options: Any) -> 
     from gist_rag import GistEngine
 
     return GistEngine.from_pretrained(model_name, store, **options)
+
+
+def to_passages(documents: Iterable[Document | str]) -> list[Passage]:
+    """Documents and texts as passages; those without text are left out."""
+    from gist_rag import Passage
+
+    texts = [(d, "") if isinstance(d, str) else (d.page_content, _source(d)) for d in documents]
+    return [Passage(text, id=source) for text, source in texts if text.strip()]
 
 
 def _source(document: Document) -> str:

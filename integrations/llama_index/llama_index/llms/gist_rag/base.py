@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -21,33 +22,37 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
-    MessageRole,
-    TextBlock,
-    ThinkingBlock,
-    ToolCallBlock,
 )
 from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_validator
 from llama_index.core.constants import DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.llm import LLM
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.program.utils import FlexibleModel
+from llama_index.core.prompts import PromptTemplate
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
+from llama_index.core.tools.types import BaseTool
+from llama_index.core.types import Model
 from rich.progress import Progress
 
 from gist_rag.aio import iterate_in_thread, run_in_thread
 from gist_rag.errors import BadInput
 from gist_rag.models import DEFAULT_MODEL
+from llama_index.llms.gist_rag.messages import AnswerReader, text_of, to_role, tool_calls_in
 
 if TYPE_CHECKING:  # these import torch, which importing this class should not
-    from gist_rag import Answer, GistEngine, Sampling
+    from gist_rag import Answer, GistEngine, Passage, Sampling
     from gist_rag.engine import Precomputed
+    from gist_rag.priming import OnMiss
     from gist_rag.prompt import Segment
+    from gist_rag.tools import ToolChoice, ToolFormat
     from gist_rag.types import Message
 
 GistMode = Literal["auto", "off", "require"]
 Response = TypeVar("Response", ChatResponse, CompletionResponse)
 
 
-class GistLLM(LLM):
+class GistLLM(FunctionCallingLLM):
     """A local LLM that reads precompressed gists of known passages.
 
     Query engines, synthesizers and chat engines stay as they are: a passage that was given to
@@ -61,7 +66,9 @@ class GistLLM(LLM):
 
     Responses carry ``raw["usage"]`` (also as ``additional_kwargs``), ``raw["gist"]`` and
     ``raw["finish_reason"]``; of a stream, the last one does. Options of single calls are
-    ``max_tokens``, ``temperature``, ``top_p``, ``top_k``, ``seed``, ``stop`` and ``gist_mode``.
+    ``max_tokens``, ``temperature``, ``top_p``, ``top_k``, ``seed``, ``stop`` and ``gist_mode``; of
+    chats also ``tools``, ``tool_choice`` and ``allow_parallel_tool_calls``. Calls and structured
+    output are held to their schemas while they are generated, which needs ``gist-rag[tools]``.
 
     Args:
         engine: a ``GistEngine`` to share; without one, the fields below name the engine that is
@@ -108,6 +115,7 @@ class GistLLM(LLM):
         default=True, description="Whether query engines send messages rather than a raw prompt."
     )
     _engine: GistEngine | None = PrivateAttr(default=None)
+    _engine_is_given: bool = PrivateAttr(default=False)
 
     def __init__(self, engine: GistEngine | None = None, **fields: Any) -> None:
         if engine is not None:
@@ -117,9 +125,21 @@ class GistLLM(LLM):
                     f"engine= brings its own {', '.join(sorted(clashes))}; leave these out"
                 )
             fields["model_name"] = engine.backbone.name
+        fields.pop("class_name", None)  # where a saved component holds this one
         _warn_unknown(fields.keys() - type(self).model_fields.keys(), type(self).__name__)
         super().__init__(**fields)
         self._engine = engine
+        self._engine_is_given = engine is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._engine_is_given:
+            raise BadInput(
+                "a GistLLM made with engine= cannot be sent to another process; name its model and "
+                "store instead"
+            )
+        bare = self.model_copy()
+        bare._engine = None  # the base class would pickle the model, to find that it cannot
+        return super(GistLLM, bare).__getstate__()
 
     @field_validator("store", "compressor", mode="before")
     @classmethod
@@ -144,6 +164,7 @@ class GistLLM(LLM):
             context_window=self.context_window or self.engine.backbone.max_positions,
             num_output=self.max_new_tokens,
             is_chat_model=self.is_chat_model,
+            is_function_calling_model=self.is_chat_model and find_spec("llguidance") is not None,
             model_name=self.model_name,
         )
 
@@ -162,14 +183,7 @@ class GistLLM(LLM):
         Returns:
             How many were written and skipped, their tokens, bytes and seconds.
         """
-        from gist_rag import Passage
-
-        passages = [
-            Passage(node)
-            if isinstance(node, str)
-            else Passage(node.get_content(MetadataMode.NONE), id=node.node_id)
-            for node in nodes
-        ]
+        passages = _passages(nodes)
         if not show_progress:
             return self.engine.precompute(passages)
         with Progress() as bar:
@@ -179,6 +193,16 @@ class GistLLM(LLM):
                 progress=lambda done, total, _tokens: bar.update(task, completed=done, total=total),
             )
 
+    def prime(
+        self, nodes: Sequence[BaseNode | NodeWithScore | str], on_miss: OnMiss = "inline"
+    ) -> None:
+        """``precompress`` for passages that turn up while a question waits: it raises nothing.
+
+        Args:
+            on_miss: ``inline`` compresses now, ``background`` soon, in a thread of its own.
+        """
+        self.engine.prime(_passages(nodes), on_miss)
+
     def explain(
         self, prompt: str | Sequence[ChatMessage], gist_mode: GistMode | None = None
     ) -> list[Segment]:
@@ -186,83 +210,194 @@ class GistLLM(LLM):
         read = prompt if isinstance(prompt, str) else self._prompt(prompt)
         return self.engine.segments(read, gist_mode or self.gist_mode)
 
+    def why_not(
+        self, passage: BaseNode | NodeWithScore | str, prompt: str | Sequence[ChatMessage]
+    ) -> str:
+        """One sentence that says why a passage of a prompt was read as text, or where it stands."""
+        [known] = _passages([passage])
+        read = prompt if isinstance(prompt, str) else "\n\n".join(map(text_of, prompt))
+        return self.engine.matcher.why_not(known.text, read)
+
+    def count_tokens(self, text: str) -> int:
+        """Positions that a piece of a prompt takes: tokens of its text and slots of its gists."""
+        # The last passage of a prompt is read as text, but a piece is not the last one.
+        return self.engine.count(f"{text}\n", self.gist_mode) if text.strip() else 0
+
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        return self._answer(_chat, self._prompt(messages), kwargs)
+        return self._answer(_chat, self._chat_request(messages, kwargs))
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        return self._answer(_completion, self._format(prompt, formatted), kwargs)
+        return self._answer(_completion, self._text_request(prompt, formatted, kwargs))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        return self._pieces(_chat, self._prompt(messages), kwargs)
+        return self._pieces(_chat, self._chat_request(messages, kwargs))
 
     @llm_completion_callback()
     def stream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseGen:
-        return self._pieces(_completion, self._format(prompt, formatted), kwargs)
+        return self._pieces(_completion, self._text_request(prompt, formatted, kwargs))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        read = self._prompt(messages)
-        return await run_in_thread(lambda cancel: self._answer(_chat, read, kwargs, cancel))
+        return await run_in_thread(
+            lambda cancel: self._answer(_chat, self._chat_request(messages, kwargs), cancel)
+        )
 
     @llm_completion_callback()
     async def acomplete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponse:
-        read = self._format(prompt, formatted)
-        return await run_in_thread(lambda cancel: self._answer(_completion, read, kwargs, cancel))
+        return await run_in_thread(
+            lambda cancel: self._answer(
+                _completion, self._text_request(prompt, formatted, kwargs), cancel
+            )
+        )
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
-        read = self._prompt(messages)
-        return iterate_in_thread(lambda cancel: self._pieces(_chat, read, kwargs, cancel))
+        return iterate_in_thread(
+            lambda cancel: self._pieces(_chat, self._chat_request(messages, kwargs), cancel)
+        )
 
     @llm_completion_callback()
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
-        read = self._format(prompt, formatted)
-        return iterate_in_thread(lambda cancel: self._pieces(_completion, read, kwargs, cancel))
+        return iterate_in_thread(
+            lambda cancel: self._pieces(
+                _completion, self._text_request(prompt, formatted, kwargs), cancel
+            )
+        )
+
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        calls = tool_calls_in(response.message)
+        if not calls and error_on_no_tool_call:
+            raise ValueError(f"the answer calls no tool: {response.message.content!r}")
+        return calls
+
+    # LlamaIndex's program requires its call, but forgets to when it streams; must_call reminds it.
+
+    def stream_structured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Generator[Model | FlexibleModel, None, None]:
+        options = self._with_call(llm_kwargs)
+        yield from super().stream_structured_predict(output_cls, prompt, options, **prompt_args)
+
+    async def astream_structured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> AsyncGenerator[Model | FlexibleModel, None]:
+        options = self._with_call(llm_kwargs)
+        return await super().astream_structured_predict(output_cls, prompt, options, **prompt_args)
+
+    def _with_call(self, llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+        required = {"must_call": True} if self.metadata.is_function_calling_model else {}
+        return {**(llm_kwargs or {}), **required}
+
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        must_call: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        messages = [*(chat_history or [])]
+        if user_msg is not None:
+            messages.append(ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg)
+        if tool_required or must_call:
+            kwargs["tool_choice"] = _specific(kwargs.get("tool_choice")) or "required"
+        return {
+            **kwargs,
+            "messages": messages,
+            "tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools],
+            "allow_parallel_tool_calls": allow_parallel_tool_calls,
+        }
 
     # The public methods are decorated and each reports one event, so none of them calls another.
 
     def _answer(
         self,
         respond: Callable[..., Response],
-        prompt: str | list[Message],
-        options: Mapping[str, Any],
+        request: _Request,
         cancel: threading.Event | None = None,
     ) -> Response:
-        sampling, gist_mode = self._options(options)
-        answer = self.engine.generate(prompt, sampling, gist_mode=gist_mode, cancel=cancel)
-        return respond(answer.text, **_details(answer))
+        answer = self.engine.generate(
+            request.prompt,
+            request.sampling,
+            gist_mode=request.gist_mode,
+            cancel=cancel,
+            tools=request.tools,
+        )
+        reader = AnswerReader(request.tool_format)
+        reader.push(answer.text)
+        reader.close()
+        return respond(reader, **_details(answer))
 
     def _pieces(
         self,
         respond: Callable[..., Response],
-        prompt: str | list[Message],
-        options: Mapping[str, Any],
+        request: _Request,
         cancel: threading.Event | None = None,
     ) -> Generator[Response, None, None]:
+        reader = AnswerReader(request.tool_format)
+        for piece in self.engine.stream(
+            request.prompt,
+            request.sampling,
+            gist_mode=request.gist_mode,
+            cancel=cancel,
+            tools=request.tools,
+        ):
+            delta = reader.push(piece.text)
+            details: dict[str, Any] = {}
+            if piece.answer is not None:
+                delta += reader.close()
+                details = _details(piece.answer)
+            yield respond(reader, delta=delta, **details)
+
+    def _chat_request(
+        self, messages: Sequence[ChatMessage], options: Mapping[str, Any]
+    ) -> _Request:
+        options = dict(options)
+        tools = options.pop("tools", None) or ()
+        choice = _choice(options.pop("tool_choice", None))
+        parallel = bool(options.pop("allow_parallel_tool_calls", False))
         sampling, gist_mode = self._options(options)
-        text = ""
-        for piece in self.engine.stream(prompt, sampling, gist_mode=gist_mode, cancel=cancel):
-            text += piece.text
-            details = {} if piece.answer is None else _details(piece.answer)
-            yield respond(text, delta=piece.text, **details)
+        prompt = self._prompt(messages)
+        if not tools or choice is None:
+            return _Request(prompt, sampling, gist_mode)
+        form = self.engine.tool_format
+        constraint = form.constrain(tools, choice, parallel=parallel)
+        return _Request(prompt, replace(sampling, constraint=constraint), gist_mode, tools, form)
+
+    def _text_request(self, prompt: str, formatted: bool, options: Mapping[str, Any]) -> _Request:
+        return _Request(self._format(prompt, formatted), *self._options(options))
 
     def _prompt(self, messages: Sequence[ChatMessage]) -> str | list[Message]:
         """Messages for the model's chat template, or what ``messages_to_prompt`` makes of them."""
         chosen = self.messages_to_prompt
         if chosen is not None and chosen is not generic_messages_to_prompt:
             return chosen(messages)
-        return [{"role": _role(message), "content": _text(message)} for message in messages]
+        write = self.engine.tool_format.write
+        return [{"role": to_role(m), "content": text_of(m, write)} for m in messages]
 
     def _format(self, prompt: str, formatted: bool) -> str:
         if formatted or self.completion_to_prompt is None:
@@ -308,22 +443,53 @@ _NAMES_ENGINE = {
     "device",
 }
 _SAMPLES = {"max_tokens", "temperature", "top_p", "top_k", "seed", "stop"}
-_ROLES = {
-    MessageRole.DEVELOPER: "system",
-    MessageRole.FUNCTION: "tool",
-    MessageRole.CHATBOT: "assistant",
-    MessageRole.MODEL: "assistant",
-}
 _building = threading.Lock()  # not an attribute, as an LLM with a lock could not be copied
 
 
-def _chat(text: str, **details: Any) -> ChatResponse:
-    message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
-    return ChatResponse(message=message, **details)
+@dataclass(frozen=True)
+class _Request:
+    """What one call asks of the engine."""
+
+    prompt: str | list[Message]
+    sampling: Sampling
+    gist_mode: GistMode
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_format: ToolFormat | None = None
 
 
-def _completion(text: str, **details: Any) -> CompletionResponse:
-    return CompletionResponse(text=text, **details)
+def _chat(reader: AnswerReader, **details: Any) -> ChatResponse:
+    return ChatResponse(message=reader.message(), **details)
+
+
+def _completion(reader: AnswerReader, **details: Any) -> CompletionResponse:
+    return CompletionResponse(text=reader.text, **details)
+
+
+def _choice(choice: str | Mapping[str, Any] | None) -> ToolChoice | None:
+    """``tool_choice`` in all its spellings; ``None`` if no tool may be called."""
+    if choice == "none":
+        return None
+    if choice in ("any", "required"):
+        return "required"
+    return _specific(choice) or "auto"
+
+
+def _specific(choice: str | Mapping[str, Any] | None) -> dict[str, str] | None:
+    """The one tool that is asked for by name."""
+    if isinstance(choice, Mapping):
+        return {"name": choice.get("function", choice)["name"]}
+    return None if choice in (None, "auto", "none", "any", "required") else {"name": str(choice)}
+
+
+def _passages(nodes: Sequence[BaseNode | NodeWithScore | str]) -> list[Passage]:
+    """The texts of nodes, without their metadata; nodes without any are left out."""
+    from gist_rag import Passage
+
+    texts = [
+        (node, "") if isinstance(node, str) else (node.get_content(MetadataMode.NONE), node.node_id)
+        for node in nodes
+    ]
+    return [Passage(text, id=id_) for text, id_ in texts if text.strip()]
 
 
 def _details(answer: Answer) -> dict[str, Any]:
@@ -342,25 +508,6 @@ def _details(answer: Answer) -> dict[str, Any]:
     }
     raw = {"usage": usage, "gist": answer.report(), "finish_reason": answer.finish_reason}
     return {"raw": raw, "additional_kwargs": usage}
-
-
-def _role(message: ChatMessage) -> str:
-    return _ROLES.get(message.role, message.role.value)
-
-
-def _text(message: ChatMessage) -> str:
-    """The text of a message, its tool calls written as most models write them."""
-    pieces = []
-    for block in message.blocks:
-        if isinstance(block, TextBlock):
-            pieces.append(block.text)
-        elif isinstance(block, ToolCallBlock):
-            call = {"name": block.tool_name, "arguments": block.tool_kwargs}
-            written = json.dumps(call, ensure_ascii=False)
-            pieces.append(f"<tool_call>\n{written}\n</tool_call>")
-        elif not isinstance(block, ThinkingBlock):
-            raise BadInput(f"GistLLM reads text only, got a block of type {block.block_type!r}")
-    return "\n".join(pieces)
 
 
 def _warn_unknown(names: set[str], place: str) -> None:
