@@ -10,14 +10,21 @@ slot ``k`` when ``k`` is not later and one of these holds:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 NEVER = 1 << 30
 """A ``gist_from`` or ``local_from`` that hides all slots of the kind."""
+
+Place = Literal["last", "next", "own"]
+"""RoPE position of a gist among tokens: that of its window's ``last`` token, of the ``next``
+token after it, or one of its ``own``, so that later tokens move on."""
 
 
 @dataclass(frozen=True)
@@ -61,37 +68,50 @@ class Layout:
         cls,
         ends: Sequence[int],
         *,
+        gists: Sequence[Sequence[int]] | None = None,
+        place: Place = "last",
         raw_sees_gists: bool = True,
         gists_see_gists: bool = True,
         raw_is_local: bool = True,
+        gists_are_local: bool = True,
+        reach: int = 0,
+        prefix: int = 0,
     ) -> Layout:
-        """One gist after each window (``t t g t t g``), at the position of its window's last token.
+        """Gists after each window of tokens (``t t g t t g``).
 
         Args:
             ends: exclusive token ends of the windows, rising; the last one is ``T``.
+            gists: which gist embeddings follow each window; default: one, always the same.
+            place: where gists stand.
             raw_sees_gists: raw tokens see the gists of earlier windows.
-            gists_see_gists: a gist sees earlier gists.
+            gists_see_gists: a gist sees the gists of earlier windows too, not only of its own.
             raw_is_local: raw tokens see raw tokens of their own window only.
+            gists_are_local: gists see raw tokens of their own window only.
+            reach: how many earlier windows count as one's own, for what is local.
+            prefix: leading tokens that every slot sees.
         """
-        source, position, local_from, gist_from = [], [], [], []
-        window = token = 0
-        for end in ends:
+        source: list[int] = []
+        position: list[int] = []
+        local_from: list[int] = []
+        gist_from: list[int] = []
+        starts: list[int] = []  # first slot of each window
+        token = 0
+        for end, kinds in zip(ends, gists or [(0,)] * len(ends), strict=True):
+            starts.append(len(source))
+            near = starts[max(0, len(starts) - 1 - reach)]
+            own = len(source) + end - token  # first gist of this window
             for t in range(token, end):
+                position.append(len(source) if place == "own" else t)
                 source.append(t)
-                position.append(t)
-                local_from.append(window if raw_is_local else 0)
+                local_from.append(near if raw_is_local else 0)
                 gist_from.append(0 if raw_sees_gists else NEVER)
-            gist_from.append(0 if gists_see_gists else len(source))
-            source.append(-1)
-            position.append(end - 1)
-            local_from.append(window)
-            window, token = len(source), end
-        return cls(
-            torch.tensor(source),
-            torch.tensor(position),
-            torch.tensor(local_from),
-            torch.tensor(gist_from),
-        )
+            for kind in kinds:
+                position.append({"last": end - 1, "next": end, "own": len(source)}[place])
+                source.append(-1 - kind)
+                local_from.append(near if gists_are_local else 0)
+                gist_from.append(0 if gists_see_gists else own)
+            token = end
+        return cls(*map(torch.tensor, (source, position, local_from, gist_from)), prefix)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -124,6 +144,39 @@ class Layout:
             self.is_gist[None, :], self.gist_from[:, None], self.local_from[:, None]
         )
         return (k <= q) & ((k >= first) | (k < self.prefix))
+
+
+def window_ends(num_tokens: int, ratio: float) -> Tensor:
+    """Exclusive ends of ``ceil(T / ratio)`` windows that differ by at most one token."""
+    windows = math.ceil(num_tokens / ratio)
+    return (torch.arange(1, windows + 1) * num_tokens).div(windows, rounding_mode="floor")
+
+
+def unit_ends(breaks: Sequence[int], num_tokens: int, count: int, longest: int) -> list[int]:
+    """Exclusive ends of ``count`` units that end at breaks of the text as far as possible.
+
+    Units of more than ``longest`` tokens are cut evenly. Then the two neighbours that are shortest
+    together are merged, or the longest unit is halved, until there are ``count``.
+
+    Args:
+        breaks: exclusive token ends of sentences, lines or paragraphs, rising.
+        count: from 1 to ``num_tokens``.
+    """
+    sizes: list[int] = []
+    for start, end in pairwise([0, *(b for b in breaks if 0 < b < num_tokens), num_tokens]):
+        sizes += _even(end - start, math.ceil((end - start) / longest))
+    while len(sizes) > count:
+        i = min(range(len(sizes) - 1), key=lambda i: sizes[i] + sizes[i + 1])
+        sizes[i : i + 2] = [sizes[i] + sizes[i + 1]]
+    while len(sizes) < count:
+        i = max(range(len(sizes)), key=sizes.__getitem__)
+        sizes[i : i + 1] = _even(sizes[i], 2)
+    return list(accumulate(sizes))
+
+
+def _even(size: int, parts: int) -> list[int]:
+    """``size`` in parts that differ by at most one."""
+    return [size * (i + 1) // parts - size * i // parts for i in range(parts)]
 
 
 @dataclass(frozen=True)
