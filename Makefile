@@ -7,6 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet -c constraints-cpu.txt
+GPU_PYTHON ?= $(BIN)/python
 TYPED := gist_rag kernels/gist_rag_kernels integrations
 SERVING := benchmarks/serving/results
 RATIOS := 2 4 8 16
@@ -41,15 +42,8 @@ quality: .venv/.demo ## evaluate on TASK=FILE, one and five passages, into bench
 plots: .venv/.dev ## draw pictures and tables from the result files
 	$(BIN)/python benchmarks/plot.py
 
-gpu: .venv/.dev ## tests and time to first token on a CUDA device, where there is one
-	@if $(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then \
-		echo 'running the tests marked gpu, then writing $(SERVING)/ttft_cuda.json'; \
-		$(BIN)/pytest -m gpu && \
-		$(BIN)/gist-rag bench ttft --json > $(SERVING)/ttft_cuda.json.new && \
-		mv $(SERVING)/ttft_cuda.json.new $(SERVING)/ttft_cuda.json; \
-	else \
-		echo 'torch sees no CUDA device here, so there is nothing to run'; \
-	fi
+gpu: ## tests, kernel timings, training and evaluation on a CUDA device, into out/
+	$(GPU_PYTHON) benchmarks/gpu.py --out out $(if $(DATA),--data $(DATA)) $(if $(TASK),--task $(TASK))
 
 clean: ## remove .venv, builds and caches
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -12,93 +12,34 @@ A ``Backbone`` borrows a causal LM: it never trains, saves or forks it. Two fact
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
+from bisect import bisect_left
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import DynamicCache
 
+from gist_rag.attention import ATTENTION, Reading
 from gist_rag.constrain import Follower, Grammars
 from gist_rag.errors import BadInput, ContextOverflow, UnsupportedBackbone
 from gist_rag.layout import Slots
 from gist_rag.sampling import Chooser
 from gist_rag.types import Sampling
-from gist_rag_kernels import rotate, slot_attention
+from gist_rag_kernels import rotate
 
-ATTENTION = "gist_rag"
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What one forward pass reads besides its own tokens: the ``slots=`` argument of attention."""
-
-    slots: Slots
-    seen: Tensor | None = None
-
-
-def attend_slots(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    slots: Reading | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention over gist slots and local tokens; plain SDPA where no slots are given.
-
-    Args:
-        query: ``(B, Hq, Q, D)``.
-        key, value: ``(B, H, K, D)`` of the local tokens.
-        attention_mask: ``(B, 1, Q, K)`` bool over the local tokens, or ``None`` for causal.
-
-    Returns:
-        ``(B, Q, Hq, D)`` and ``None``, as transformers expects.
-    """
-    if slots is None:
-        result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-        return result
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    slot_keys, slot_values, _, _ = slots.slots.layer(layer)
-    batch, heads, rows, keys = *key.shape[:2], query.shape[2], key.shape[2]
-    if attention_mask is None:
-        visible = torch.ones(rows, keys, dtype=torch.bool, device=key.device).tril(keys - rows)
-        attention_mask = visible[None, None]
-    itself = torch.eye(rows, keys, dtype=torch.bool, device=key.device).roll(keys - rows, 1)
-    hidden = ~(attention_mask | itself)  # padding sees itself, so that no softmax is empty
-    local = torch.zeros(1, device=key.device).masked_fill(hidden, -torch.inf)
-    slot_bias = slots.slots.visible_bias(layer, slots.seen)
-    bias = torch.cat(
-        (
-            slot_bias.expand(-1, -1, rows, -1),
-            local.expand(batch, heads, -1, -1),
-        ),
-        dim=-1,
-    )
-    out = slot_attention(
-        query,
-        torch.cat((slot_keys, key), dim=2),
-        torch.cat((slot_values, value), dim=2),
-        bias,
-        scaling if scaling is not None else query.shape[-1] ** -0.5,
-    )
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, attend_slots)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+_SPELLING = {ord("\u0120"): " ", ord("\u2581"): " ", ord("\u010a"): "\n"}
+"""How byte-level BPE and SentencePiece write white space in a token."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +188,18 @@ class Backbone:
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
         return torch.as_tensor(ids, dtype=torch.long)
 
+    def breaks(self, input_ids: Tensor, pattern: str) -> list[int]:
+        """Exclusive ends of the tokens ``(T,)`` in which matches of a pattern end, rising.
+
+        Args:
+            pattern: a regular expression; of the text, ASCII alone is spelt as it was.
+        """
+        spelt = self.tokenizer.convert_ids_to_tokens(input_ids.tolist())
+        pieces = [t.translate(_SPELLING) for t in spelt]
+        ends = list(accumulate(map(len, pieces)))
+        found = re.finditer(pattern, "".join(pieces))
+        return sorted({bisect_left(ends, match.end()) + 1 for match in found})
+
     def render(self, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> str:
         """The prompt that the model's chat template makes of messages."""
         if not getattr(self.tokenizer, "chat_template", None):
@@ -310,6 +263,18 @@ class Backbone:
         with self.lock, _recorded(self.layers, stream):
             self.model.model(**arguments, position_ids=positions.to(self.device), use_cache=False)
         return torch.stack(stream)
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Tensor]]:
+        """The list gets the residual stream of the pass that is made inside, ``L + 1`` items."""
+        stream: list[Tensor] = []
+        with self.lock, _recorded(self.layers, stream):
+            yield stream
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the layers' attention gets of their inputs ``(L, ..., E)``."""
+        layers = zip(self.layers, hidden, strict=True)
+        return torch.stack([layer.input_layernorm(states) for layer, states in layers])
 
     def project_kv(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values of residual streams.
@@ -465,6 +430,45 @@ class Backbone:
                 return
             unread.append([self._filler if token is None else token for token in tokens])
 
+    def extend(
+        self,
+        cache: DynamicCache,
+        positions: Tensor,
+        *,
+        input_ids: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits ``(V,)`` after the last of some more slots, whose KV goes into a cache.
+
+        Unlike ``decode`` it leaves the cache to its caller, who may drop entries between calls:
+        positions need not be places in the cache.
+
+        Args:
+            cache: of one sequence; changed in place.
+            positions: ``(Q,)``.
+            input_ids: ``(Q,)`` tokens, or
+            embeddings: ``(Q, E)`` what stands in their place.
+            mask: ``(Q, K + Q)`` bool, or ``None`` for causal.
+        """
+        arguments: dict[str, Any] = {}
+        if input_ids is not None:
+            arguments["input_ids"] = input_ids[None].to(self.device)
+        if embeddings is not None:
+            arguments["inputs_embeds"] = embeddings[None]
+        if mask is not None:
+            arguments["attention_mask"] = mask[None, None].to(self.device)
+        with self.lock:
+            out = self.model(
+                **arguments,
+                position_ids=positions[None].to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits: Tensor = out.logits[0, -1]
+        return logits
+
     def _follower(self, sampling: Sampling) -> Follower | None:
         if sampling.constraint is None:
             return None
@@ -501,7 +505,7 @@ class Backbone:
         reading = None
         if context.slots is not None:
             everything = bool((seen > context.slots.order.max().cpu()).all())
-            reading = Reading(context.slots, None if everything else seen.to(self.device))
+            reading = Reading.of(context.slots, None if everything else seen.to(self.device))
         return _Step(
             ids.to(self.device),
             positions.to(self.device),
@@ -555,9 +559,16 @@ class _Step:
         visible, count = self.visible, ids.shape[1]
         if visible is not None:
             visible = nn.functional.pad(visible, (0, count), value=True)
-        reading = None if self.reading is None else Reading(self.reading.slots)
+        reading = None if self.reading is None else replace(self.reading, seen=None)
         ahead = torch.arange(1, count + 1, device=ids.device)
         return _Step(ids, self.positions[:, -1:] + ahead, visible, self.cache, reading)
+
+
+def forget(cache: DynamicCache, first: int, last: int) -> None:
+    """Drop entries ``first`` to ``last`` (exclusive) of a cache, in every layer and head."""
+    for layer in cache.layers:
+        layer.keys = torch.cat((layer.keys[:, :, :first], layer.keys[:, :, last:]), dim=2)
+        layer.values = torch.cat((layer.values[:, :, :first], layer.values[:, :, last:]), dim=2)
 
 
 @contextmanager

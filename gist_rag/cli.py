@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
@@ -213,8 +214,13 @@ def demo(
 
 @app.command()
 def evaluate(
-    task: Annotated[Path, typer.Option(help="JSONL file of questions, or .jsonl.gz.")],
     out: Annotated[Path, typer.Option(help="Where the result goes, as JSON.")],
+    task: Annotated[
+        Path | None, typer.Option(help="JSONL file of questions, or .jsonl.gz.")
+    ] = None,
+    probe: Annotated[
+        str | None, typer.Option(help="boundary, surprise, along, punctuation or key_value.")
+    ] = None,
     compressor: Method = COMPRESSOR,
     ratio: Annotated[float, typer.Option(help="Tokens per kept slot.")] = 8.0,
     passages: Annotated[int, typer.Option(help="Passages per question.")] = 1,
@@ -238,6 +244,7 @@ def evaluate(
             raise BadInput(f"--out is {out}; it must be a file in a folder that is there")
         options = {
             "task": task,
+            "probe": probe,
             "compressor": compressor,
             "ratio": ratio,
             "passages": passages,
@@ -255,9 +262,9 @@ def evaluate(
             raise BadInput(str(error)) from error
         _quiet_transformers()
         with _bar("questions") as progress:
-            result = run(config, progress)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-        console.print(_table([{"arm": arm, **row} for arm, row in result["arms"].items()]))
+            result = run(config, progress, partial(_replace, out))
+        rows = [{"arm": arm, **row} for arm, row in result["arms"].items()]
+        console.print(_table([{**row, **row.pop("scores", {})} for row in rows]))
 
 
 @app.command()
@@ -267,6 +274,9 @@ def train(
     ] = None,
     data: Annotated[list[Path] | None, typer.Option(help="Files of questions; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="passages, or thoughts (rows of worked answers).")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file; options override it.")] = None,
     model: Annotated[str | None, typer.Option(help="Alias, folder or Hugging Face id.")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Repeatable: one a step.")] = None,
@@ -285,6 +295,7 @@ def train(
 
         given = _given(
             method=method,
+            task=task,
             data=data,
             out=out,
             model=model,
@@ -378,11 +389,13 @@ def info(
     with _reported(as_json):
         import torch
 
+        from gist_rag_kernels import describe
+
         report: dict[str, Any] = {
             "versions": {"python": platform.python_version()} | _versions(PACKAGES),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "torch_threads": torch.get_num_threads(),
-            "kernels": "reference",
+            "kernels": describe(),
         }
         if store is not None:
             with _existing(store) as opened:
@@ -526,6 +539,13 @@ def _quiet_transformers() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+def _replace(path: Path, result: dict[str, Any]) -> None:
+    """Write a result whole, or leave the file as it was."""
+    scratch = path.with_name(path.name + ".new")
+    scratch.write_text(json.dumps(result, indent=1) + "\n")
+    scratch.replace(path)
 
 
 def _given(**options: object) -> dict[str, object]:

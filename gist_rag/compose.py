@@ -77,7 +77,8 @@ def compose(batch: Sequence[Sequence[Placed]], backbone: Backbone) -> Slots | No
         batch: the placed states of each prompt, in prompt order.
 
     Raises:
-        BadInput: a state does not have the backbone's layers, heads or head size.
+        BadInput: a state does not have the backbone's layers, heads or head size, or some belong
+            to a bank and others do not.
     """
     placed = [p for prompt in batch for p in prompt]
     if not placed:
@@ -93,7 +94,11 @@ def compose(batch: Sequence[Sequence[Placed]], backbone: Backbone) -> Slots | No
     order = torch.tensor([i for prompt in batch for i in range(len(prompt))], device=device)
     sizes = torch.tensor([s.num_slots for s in states], device=device)
     positions = torch.cat([s.offsets for s in states]) + starts.repeat_interleave(sizes)
-    destination, widths = _destination(states, batch, backbone)
+    bank = _bank(states)
+    if bank is not None:  # it has no order, so no places either
+        positions = torch.zeros_like(positions)
+    destination, lengths = _destination(states, batch, backbone)
+    widths = tuple(lengths.amax((1, 2)).tolist())
     total = len(batch) * backbone.num_heads * sum(widths)
 
     cos, sin = backbone.rotary(positions)
@@ -103,16 +108,30 @@ def compose(batch: Sequence[Sequence[Placed]], backbone: Backbone) -> Slots | No
         values=values,
         bias=bias.new_full((total,), -torch.inf).index_copy(0, destination, bias),
         order=order.new_zeros(total).index_copy(0, destination, order.repeat_interleave(sizes)),
+        lengths=lengths.to(torch.int32),
         widths=widths,
         batch=len(batch),
         heads=backbone.num_heads,
+        bank=bank,
     )
+
+
+def _bank(states: Sequence[GistState]) -> float | None:
+    """The temperature of a bank of these states; ``None`` if they are no bank."""
+    bank, *others = {state.bank for state in states}
+    if others:
+        raise BadInput(
+            "gists of a bank and other gists, or banks of different temperatures, cannot stand in "
+            "one batch of prompts; compress all passages with one compressor"
+        )
+    return bank
 
 
 def _destination(
     states: Sequence[GistState], batch: Sequence[Sequence[Placed]], backbone: Backbone
-) -> tuple[Tensor, tuple[int, ...]]:
-    """Where each slot goes in the flat (layer, batch row, head, slot) buffer, and layer widths."""
+) -> tuple[Tensor, Tensor]:
+    """Where each slot goes in the flat (layer, batch row, head, slot) buffer, and how many slots
+    each head has ``(L, B, H)``."""
     layers, heads = backbone.num_layers, backbone.num_heads
     lengths = torch.stack([s.lengths.long() for s in states])  # (states, L * H)
     before = torch.zeros_like(lengths)  # slots of earlier passages of the same prompt and head
@@ -124,7 +143,8 @@ def _destination(
             running = lengths[first:last].cumsum(0)
             before[first:last], total[row] = running - lengths[first:last], running[-1]
         first = last
-    widths = total.view(-1, layers, heads).amax((0, 2))  # (L,)
+    lengths_of_rows = total.view(-1, layers, heads).transpose(0, 1)  # (L, B, H)
+    widths = lengths_of_rows.amax((1, 2))  # (L,)
     layer_start = (widths.cumsum(0) - widths) * len(batch) * heads
 
     device = lengths.device
@@ -137,7 +157,7 @@ def _destination(
     flat = lengths.flatten()
     rank = torch.arange(int(flat.sum()), device=device)
     rank = rank - (flat.cumsum(0) - flat).repeat_interleave(flat)
-    return row_start.flatten().repeat_interleave(flat) + rank, tuple(widths.tolist())
+    return row_start.flatten().repeat_interleave(flat) + rank, lengths_of_rows
 
 
 def _check(state: GistState, backbone: Backbone) -> None:

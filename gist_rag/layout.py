@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -88,7 +89,7 @@ class Layout:
             raw_is_local: raw tokens see raw tokens of their own window only.
             gists_are_local: gists see raw tokens of their own window only.
             reach: how many earlier windows count as one's own, for what is local.
-            prefix: leading tokens that every slot sees.
+            prefix: leading tokens that every slot sees (and the gists that stand between them).
         """
         source: list[int] = []
         position: list[int] = []
@@ -111,7 +112,13 @@ class Layout:
                 local_from.append(near if gists_are_local else 0)
                 gist_from.append(0 if gists_see_gists else own)
             token = end
-        return cls(*map(torch.tensor, (source, position, local_from, gist_from)), prefix)
+        return cls(
+            torch.tensor(source),
+            torch.tensor(position),
+            torch.tensor(local_from),
+            torch.tensor(gist_from),
+            prefix=source.index(min(prefix, token) - 1) + 1 if prefix else 0,
+        )
 
     def __len__(self) -> int:
         return len(self.source)
@@ -174,6 +181,14 @@ def unit_ends(breaks: Sequence[int], num_tokens: int, count: int, longest: int) 
     return list(accumulate(sizes))
 
 
+def unit_slots(ends: Sequence[int], slots: int, each: int) -> list[int]:
+    """How many of ``slots`` each unit gets: ``each``, but the shortest one what is left over."""
+    sizes = [end - start for start, end in pairwise([0, *ends])]
+    shortest = sizes.index(min(sizes))
+    rest = slots - each * (len(sizes) - 1)
+    return [rest if i == shortest else each for i in range(len(sizes))]
+
+
 def _even(size: int, parts: int) -> list[int]:
     """``size`` in parts that differ by at most one."""
     return [size * (i + 1) // parts - size * i // parts for i in range(parts)]
@@ -191,18 +206,32 @@ class Slots:
         values: ``(R, D)``.
         bias: ``(R,)`` float32 log-mass, ``-inf`` on padding.
         order: ``(R,)`` int32, which passage of the prompt a slot belongs to (0, 1, ...).
+        lengths: ``(L, B, H)`` int32, slots without padding.
         widths: slots per head of each layer, padding included; length ``L``.
         batch: ``B``.
         heads: ``H``.
+        bank: ``None`` where slots join attention. Else they are a bank: their keys were not moved,
+            a softmax of its own reads them, of this temperature and with logit 0 for "none of
+            them", and what it reads is added to attention's output.
     """
 
     keys: Tensor
     values: Tensor
     bias: Tensor
     order: Tensor
+    lengths: Tensor
     widths: tuple[int, ...]
     batch: int
     heads: int
+    bank: float | None = None
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """``(L, B, H)`` int64, where each row begins in the buffer."""
+        rows, widths = self.batch * self.heads, torch.tensor(self.widths)
+        layer = (widths.cumsum(0) - widths) * rows
+        starts = layer[:, None] + torch.arange(rows) * widths[:, None]
+        return starts.view(-1, self.batch, self.heads).to(self.keys.device)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Keys, values ``(B, H, N, D)``, bias and order ``(B, H, N)`` of one layer (views)."""

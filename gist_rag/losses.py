@@ -31,3 +31,32 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         ``(N,)``.
     """
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def token_importance(full: Tensor, closed: Tensor, targets: Tensor, gamma: float) -> Tensor:
+    """How much more the context says about a token than guessing does.
+
+    ``exp(min(log P_full - log P_closed, gamma))`` (arXiv:2412.17483), not normalised.
+
+    Args:
+        full, closed: ``(N, V)`` logits with and without the context.
+        targets: ``(N,)``.
+
+    Returns:
+        ``(N,)``, without gradient.
+    """
+    with torch.no_grad():
+        gain = cross_entropy(closed, targets) - cross_entropy(full, targets)
+        return gain.clamp_max(gamma).exp()
+
+
+def capacity(occupancy: Tensor, budget: float, num_tokens: int) -> Tensor:
+    """How far a soft cache is filled above its budget, as a share of all tokens; a scalar.
+
+    ``mean over heads of max(0, occupancy - budget) / T`` (arXiv:2512.03324, the capacity loss at
+    one point in time).
+
+    Args:
+        occupancy: ``(R,)`` what is left of a passage in each head, in tokens.
+    """
+    return (occupancy - budget).relu().mean() / num_tokens

@@ -78,6 +78,8 @@ class GistState:
         span: positions the passage takes in a prompt, from ``N`` (packed) to ``T`` (spread).
         num_tokens: ``T``; the ratio is ``T * L * H / M``.
         text: a verbalised gist, for models that can only be talked to.
+        bank: the slots join no attention but a bank beside it (``Slots.bank``), which is read with
+            this temperature; ``None`` for ordinary gists.
     """
 
     keys: Tensor
@@ -89,6 +91,7 @@ class GistState:
     span: int
     num_tokens: int
     text: str | None = None
+    bank: float | None = None
 
     def __post_init__(self) -> None:
         slots = len(self.keys)
@@ -198,7 +201,7 @@ class PackedState:
     Attributes:
         codec: name of the codec that packed it.
         tensors: named tensors; which ones is the codec's business.
-        num_layers, span, num_tokens, text: as in ``GistState``.
+        num_layers, span, num_tokens, text, bank: as in ``GistState``.
     """
 
     codec: str
@@ -207,6 +210,7 @@ class PackedState:
     span: int
     num_tokens: int
     text: str | None = None
+    bank: float | None = None
 
     @property
     def num_bytes(self) -> int:

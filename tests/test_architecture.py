@@ -27,7 +27,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
     "gist_rag.detokenize": (3, frozenset()),
     "gist_rag.layout": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
     "gist_rag.matching": (
-        4,
+        5,
         frozenset({"gist_rag.errors", "gist_rag.types", "gist_rag.windows"}),
     ),
     "gist_rag.models": (3, frozenset({"gist_rag.errors"})),
@@ -35,18 +35,20 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
     "gist_rag.prompt": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
     "gist_rag.retrieval": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
     "gist_rag.sampling": (3, frozenset({"gist_rag.constrain", "gist_rag.types"})),
-    "gist_rag.store": (4, frozenset({"gist_rag.errors", "gist_rag.types", "gist_rag.windows"})),
+    "gist_rag.store": (5, frozenset({"gist_rag.errors", "gist_rag.types", "gist_rag.windows"})),
     "gist_rag.windows": (3, frozenset({"gist_rag.types"})),
     "gist_rag.tools": (
         3,
         frozenset({"gist_rag.constrain", "gist_rag.errors", "gist_rag.types"}),
     ),
     "gist_rag.questions": (3, frozenset({"gist_rag.errors"})),
-    "gist_rag.sample": (4, frozenset({"gist_rag.retrieval", "gist_rag.types"})),
+    "gist_rag.sample": (5, frozenset({"gist_rag.retrieval", "gist_rag.types"})),
+    "gist_rag.attention": (4, frozenset({"gist_rag.layout", "gist_rag_kernels"})),
     "gist_rag.backbone": (
-        4,
+        5,
         frozenset(
             {
+                "gist_rag.attention",
                 "gist_rag.constrain",
                 "gist_rag.errors",
                 "gist_rag.layout",
@@ -57,7 +59,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
         ),
     ),
     "gist_rag.compose": (
-        5,
+        6,
         frozenset(
             {
                 "gist_rag.backbone",
@@ -68,9 +70,9 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
             }
         ),
     ),
-    "gist_rag.lora": (5, frozenset({"gist_rag.backbone", "gist_rag.errors"})),
+    "gist_rag.lora": (6, frozenset({"gist_rag.backbone", "gist_rag.errors"})),
     "gist_rag.compressors": (
-        6,
+        7,
         frozenset(
             {
                 "gist_rag.backbone",
@@ -85,7 +87,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
         ),
     ),
     "gist_rag.train": (
-        7,
+        8,
         frozenset(
             {
                 "gist_rag.backbone",
@@ -102,7 +104,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
         ),
     ),
     "gist_rag.engine": (
-        7,
+        8,
         frozenset(
             {
                 "gist_rag.backbone",
@@ -122,7 +124,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
         ),
     ),
     "gist_rag.rag": (
-        8,
+        9,
         frozenset(
             {
                 "gist_rag.engine",
@@ -136,7 +138,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
         ),
     ),
     "gist_rag.evaluate": (
-        8,
+        9,
         frozenset(
             {
                 "gist_rag.backbone",
@@ -155,11 +157,11 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
             }
         ),
     ),
-    "gist_rag": (9, frozenset()),
-    "langchain_gist_rag": (10, frozenset({"gist_rag", "gist_rag.PUBLIC"})),
-    "llama_index.llms.gist_rag": (10, frozenset({"gist_rag", "gist_rag.PUBLIC"})),
-    "gist_rag.demo": (11, frozenset({"*"})),
-    "gist_rag.cli": (12, frozenset({"*"})),
+    "gist_rag": (10, frozenset()),
+    "langchain_gist_rag": (11, frozenset({"gist_rag", "gist_rag.PUBLIC"})),
+    "llama_index.llms.gist_rag": (11, frozenset({"gist_rag", "gist_rag.PUBLIC"})),
+    "gist_rag.demo": (12, frozenset({"*"})),
+    "gist_rag.cli": (13, frozenset({"*"})),
 }
 PUBLIC = {
     "gist_rag.aio",

@@ -377,10 +377,25 @@ def test_evaluate_writes_a_result_file(run: Run, tiny_model_folder: Path, tmp_pa
     assert set(json.loads(out.read_text())["arms"]) == {"closed", "full", "strided"}
 
 
+def test_evaluate_writes_a_probes_scores(
+    run: Run, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.json"
+    result = run(
+        "evaluate", "--probe", "punctuation", "--limit", 2, "--model", tiny_model_folder,
+        "--arms", "strided", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    arms = json.loads(out.read_text())["arms"]
+    assert set(arms["strided"]["scores"]) == {"with", "without"}
+    assert "without" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--task", "/no/such/file"], "/no/such/file"),
+        (["--probe", "memory"], "there are boundary, surprise"),
         (["--ratio", "0.5"], "ratio"),
         (["--positions", "anywhere"], "positions"),
         (["--out", "/no/such/folder/out.json"], "must be a file"),

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from gist_rag.backbone import Backbone, attend_slots
+from gist_rag.attention import attend
+from gist_rag.backbone import Backbone
 from gist_rag.compressors import make_compressor
 from gist_rag.engine import GistEngine
 from gist_rag.errors import (
@@ -402,7 +403,7 @@ def test_a_borrowed_model_still_works_on_its_own(backbone: Backbone) -> None:
         assert torch.equal(backbone.model(ids).logits, ours)
     finally:
         backbone.model.set_attn_implementation("gist_rag")
-    assert attend_slots.__module__ == "gist_rag.backbone"
+    assert attend.__module__ == "gist_rag.attention"
 
 
 def test_gist_key_is_made_of_space_and_content(

@@ -21,14 +21,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gist_rag.backbone import Backbone
+from gist_rag.backbone import Backbone, Context, Local
+from gist_rag.compose import Placed, compose
 from gist_rag.errors import BadInput, PassageTooLong, UnknownCompressor
 from gist_rag.layout import Layout
 from gist_rag.lora import LoRA, LoRAConfig
 from gist_rag.losses import cross_entropy, distill
-from gist_rag.types import GistState
+from gist_rag.prompt import MARK
+from gist_rag.types import GistState, Sampling
 
 FORMAT = 1
+WRITE = "\n\nWrite down in short what the text above says."
+MAX_LM_TOKENS = 1024
+"""Of a step, in a language-modelling term: 200 MB of float32 logits at 50,000 tokens."""
 
 
 class CompressorConfig(BaseModel):
@@ -54,6 +59,8 @@ class Lesson:
         teacher: ``(N, V)`` logits of the plain model that reads the text.
         targets: ``(N,)`` the answers' tokens.
         weights: ``(N,)`` summing to 1; every answer counts alike, whatever its length.
+        closed: ``(N, V)`` logits of the plain model without any passage; for methods whose
+            ``reads_closed`` says that they want them.
     """
 
     passages: Sequence[Tensor]
@@ -63,6 +70,7 @@ class Lesson:
     teacher: Tensor
     targets: Tensor
     weights: Tensor
+    closed: Tensor | None = None
 
 
 class Compressor(nn.Module):
@@ -74,6 +82,7 @@ class Compressor(nn.Module):
         Config: its settings.
         trained: whether it needs trained weights to be of use.
         loss_weights: how the terms of ``losses`` are summed up, unless a training run says else.
+        reads_closed: whether ``losses`` needs ``Lesson.closed``.
     """
 
     name: ClassVar[str]
@@ -81,6 +90,7 @@ class Compressor(nn.Module):
     Config: ClassVar[type[CompressorConfig]] = CompressorConfig
     trained: ClassVar[bool] = False
     loss_weights: ClassVar[Mapping[str, float]] = {}
+    reads_closed: ClassVar[bool] = False
 
     def __init__(self, backbone: Backbone, config: CompressorConfig | None = None) -> None:
         super().__init__()
@@ -98,6 +108,16 @@ class Compressor(nn.Module):
     def embeddings(self) -> Tensor | None:
         """``(num_gists, E)`` input embeddings of the gists that ``layout`` places, if any."""
         return None
+
+    def gist_inputs(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """What the gists of one passage start from, ``(G, E)``; default: their embeddings.
+
+        Args:
+            tokens: ``(T, E)`` input embeddings of the passage.
+        """
+        gists = self.embeddings()
+        assert gists is not None
+        return gists[-1 - layout.source[layout.is_gist].to(gists.device)]
 
     def extract(self, hidden: Tensor, layout: Layout) -> GistState:
         """State of one passage from its residual stream ``(L + 1, S, E)``.
@@ -134,6 +154,19 @@ class Compressor(nn.Module):
             "kl": (distill(lesson.teacher, lesson.student) * weights).sum(),
             "ce": (cross_entropy(lesson.student, lesson.targets) * weights).sum(),
         }
+
+    def trace_layout(self, num_given: int, thought_ends: Sequence[int]) -> Layout:
+        """How a prompt and the thoughts that answer it are laid out, for methods that compress
+        their own thoughts while they decode.
+
+        Args:
+            num_given: tokens of the prompt.
+            thought_ends: exclusive token ends of the thoughts, counted with the prompt.
+
+        Raises:
+            BadInput: the method does not do so.
+        """
+        raise BadInput(f"{self.name} does not compress its own thoughts")
 
     @property
     def max_tokens(self) -> int:
@@ -177,11 +210,15 @@ class Compressor(nn.Module):
                 states.append(self.extract(hidden[:, row, : len(layout)], layout))
         return self.finish(states, passages)
 
-    def encode(self, passages: Sequence[Tensor]) -> Tensor:
-        """Residual streams ``(L + 1, B, S, E)`` of right-padded passages."""
-        layouts = [self.layout(ids) for ids in passages]
+    def encode(self, passages: Sequence[Tensor], layouts: Sequence[Layout] | None = None) -> Tensor:
+        """Residual streams ``(L + 1, B, S, E)`` of right-padded passages.
+
+        Args:
+            layouts: where they are not those that ``layout`` gives.
+        """
+        layouts = layouts or [self.layout(ids) for ids in passages]
         size = max(len(layout) for layout in layouts)
-        gists, causal = self.embeddings(), all(layout.is_causal for layout in layouts)
+        causal = all(layout.is_causal for layout in layouts)
         ids = torch.zeros(len(passages), size, dtype=torch.long)
         source, positions = torch.zeros_like(ids), torch.zeros_like(ids)
         mask: Tensor | None = None
@@ -193,15 +230,67 @@ class Compressor(nn.Module):
             positions[row, : len(layout)] = layout.position
             if mask is not None:
                 mask[row, 0, : len(layout), : len(layout)] = layout.mask()
-        if gists is None:
+        if self.embeddings() is None:
             return self.backbone.encode(ids, positions=positions, mask=mask)
         source = source.to(self.backbone.device)
         table = self.backbone.embed(ids)
         tokens_at = source.clamp_min(0)[..., None].expand(-1, -1, table.shape[-1])
-        gists_at = gists.to(table.dtype)[(-1 - source).clamp_min(0)]
-        embedded = torch.where(source[..., None] < 0, gists_at, table.gather(1, tokens_at))
+        starts = [
+            self.gist_inputs(table[row, : len(tokens)], layout)
+            for row, (tokens, layout) in enumerate(zip(passages, layouts, strict=True))
+        ]
+        embedded = table.gather(1, tokens_at).masked_scatter(
+            source[..., None] < 0, torch.cat(starts).to(table.dtype)
+        )
         with self.adapted((source < 0).float()):
             return self.backbone.encode(ids, embeddings=embedded, positions=positions, mask=mask)
+
+    @torch.no_grad()
+    def verbalise(self, states: Sequence[GistState], max_tokens: int = 64) -> list[str]:
+        """Each state in words, for models that can only be talked to: what the plain reader writes,
+        greedily, when it is asked to write down the text that it reads as gists."""
+        backbone = self.backbone
+        before, after = backbone.render([{"role": "user", "content": MARK + WRITE}]).split(MARK)
+        prefix, request = backbone.prefix(backbone.tokenize(before)), backbone.tokenize(after)
+        placed = [Placed(state, len(prefix)) for state in states]
+        context = Context([prefix] * len(states), compose([[p] for p in placed], backbone))
+        texts = [Local.after(request, p.start + p.state.span, 1) for p in placed]
+        written: list[list[int]] = [[] for _ in states]
+        for step in backbone.decode(context, texts, [Sampling(max_tokens=max_tokens)] * len(texts)):
+            for tokens, token in zip(written, step, strict=True):
+                if token is not None:
+                    tokens.append(token)
+        decode = backbone.tokenizer.decode
+        return [str(decode(tokens, skip_special_tokens=True)).strip() for tokens in written]
+
+    def language_loss(
+        self,
+        hidden: Tensor,
+        passages: Sequence[Tensor],
+        layouts: Sequence[Layout],
+        given: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Mean NLL of tokens in the compress pass itself, each told by the slot before it.
+
+        Under the mask of ``layouts`` a token knows earlier units by their gists only, so every
+        token of a passage teaches the gists before it. Gists are no targets. Of more than
+        ``MAX_LM_TOKENS`` tokens a sample is taken, as every one costs a row of the vocabulary.
+
+        Args:
+            hidden: ``(B, S, E)`` residual stream after the last layer.
+            given: how many leading tokens are no targets; default: the first one of each.
+        """
+        rows, targets = [], []
+        given = given or [1] * len(passages)
+        for row, ids, layout, first in zip(hidden, passages, layouts, given, strict=True):
+            slots = (~layout.is_gist).nonzero()[first:, 0]
+            rows.append(row[slots - 1])
+            targets.append(ids[first:])
+        before, target = torch.cat(rows), torch.cat(targets).to(hidden.device)
+        if not len(target):
+            return hidden.new_zeros(())
+        chosen = torch.randperm(len(target))[:MAX_LM_TOKENS].to(hidden.device)
+        return cross_entropy(self.backbone.logits(before[chosen]), target[chosen]).mean()
 
     # ---- identity and persistence
 

@@ -10,14 +10,37 @@ from pydantic import ValidationError
 
 from gist_rag.backbone import Backbone
 from gist_rag.compressors.attention_matching import AttentionMatching
+from gist_rag.compressors.autoencoding import Autoencoding
 from gist_rag.compressors.base import Compressor, read_document
 from gist_rag.compressors.full import Full
+from gist_rag.compressors.gist_coco import GistCoco
+from gist_rag.compressors.gist_pool import GistPool
 from gist_rag.compressors.gisting import Gisting
+from gist_rag.compressors.incomes import InComeS
+from gist_rag.compressors.light_thinker import LightThinker
 from gist_rag.compressors.pooled import MeanPooled, Strided
+from gist_rag.compressors.sentence_anchored import SentenceAnchored
+from gist_rag.compressors.trim_kv import TrimKV
+from gist_rag.compressors.unigist import UniGist
 from gist_rag.errors import BadInput, UnknownCompressor
 
 COMPRESSORS: dict[str, type[Compressor]] = {
-    method.name: method for method in (AttentionMatching, Full, Gisting, MeanPooled, Strided)
+    method.name: method
+    for method in (
+        AttentionMatching,
+        Autoencoding,
+        Full,
+        GistCoco,
+        GistPool,
+        Gisting,
+        InComeS,
+        LightThinker,
+        MeanPooled,
+        SentenceAnchored,
+        Strided,
+        TrimKV,
+        UniGist,
+    )
 }
 DEFAULT_COMPRESSOR = AttentionMatching.name
 

@@ -4,13 +4,13 @@ Arms are ``closed`` (no passages), ``full`` (text), ``truncated`` (text cut to t
 slots), ``reuse`` (uncompressed gists) and compressors, each ``name`` or ``name@ratio``.
 
 Scores are the gold answer's NLL per token, the share of questions whose gold answer is likelier per
-token than nine others (``choice``), and what a greedy answer contains.
+token than nine others (``choice``), and what a greedy answer contains; a probe adds its own.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.errors import BadInput
 from gist_rag.evaluate import metrics
 from gist_rag.evaluate.environment import environment
-from gist_rag.evaluate.tasks import Example, load_task
+from gist_rag.evaluate.probes import make_probe
+from gist_rag.evaluate.tasks import Example, Task, load_task
 from gist_rag.models import DEFAULT_MODEL, load_model
 from gist_rag.prompt import rag_messages, rag_pieces
 from gist_rag.types import GistState, Sampling
 
 TEXT_ARMS = ("closed", "full", "truncated")
-NEW_TOKENS = 16
 GROUP = 16
 """Questions whose answers are generated together."""
 
@@ -42,7 +42,8 @@ class EvaluateConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    task: Path
+    task: Path | None = None
+    probe: str | None = None
     compressor: str = DEFAULT_COMPRESSOR
     ratio: float = Field(default=8.0, ge=1)
     passages: int = Field(default=1, ge=1)
@@ -75,11 +76,17 @@ class _Reading:
     source_tokens: int
 
 
-def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> dict[str, Any]:
+def evaluate(
+    config: EvaluateConfig,
+    progress: Progress | None = None,
+    keep: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Run all arms.
 
     Args:
         progress: called after each group of questions with questions done and questions in all.
+        keep: called after each group with the result so far, so that a run that is stopped has
+            not been for nothing.
 
     Returns:
         ``{"meta", "arms", "predictions"}`` as written by ``gist-rag evaluate``.
@@ -87,25 +94,23 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> dict[s
     Raises:
         BadInput: an unusable task or arm.
     """
-    examples = load_task(
-        config.task, num_passages=config.passages, limit=config.limit, seed=config.seed
-    )
+    task = _task(config)
+    examples = task.examples
     backbone = Backbone(*load_model(config.model, dtype=config.dtype), name=config.model)
-    arms = _Arms(backbone, config)
+    arms, meta = _Arms(backbone, config), _meta(config, backbone)
     predictions: list[dict[str, Any]] = []
     for first in range(0, len(examples), GROUP):
         group = examples[first : first + GROUP]
         with torch.no_grad():
             readings = [arms.readings(example) for example in group]
             for arm in config.all_arms:
-                predictions += _predict(backbone, arm, group, [r[arm] for r in readings])
+                predictions += _predict(backbone, arm, task, group, [r[arm] for r in readings])
+        result = {"meta": meta, "arms": summarise(predictions), "predictions": predictions}
+        if keep:
+            keep(result)
         if progress:
             progress(first + len(group), len(examples))
-    return {
-        "meta": _meta(config, backbone),
-        "arms": summarise(predictions),
-        "predictions": predictions,
-    }
+    return result
 
 
 def summarise(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -117,7 +122,32 @@ def summarise(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
             field: np.array([row[field] for row in rows], dtype=np.float64)
             for field in ("nll", "choice", "em", "contains", "f1", "kv_slots", "source_tokens")
         }
-    return {name: _figures(scores, arms["closed"], arms["full"]) for name, scores in arms.items()}
+    return {
+        name: {
+            **_figures(scores, arms["closed"], arms["full"]),
+            **_further([p.get("scores", {}) for p in predictions if p["arm"] == name]),
+        }
+        for name, scores in arms.items()
+    }
+
+
+def _task(config: EvaluateConfig) -> Task:
+    """The questions that a config asks for."""
+    chosen: dict[str, int] = {
+        "num_passages": config.passages, "limit": config.limit, "seed": config.seed
+    }  # fmt: skip
+    if config.probe is not None:
+        return make_probe(config.probe, file=config.task, **chosen)
+    if config.task is None:
+        raise BadInput("neither a task nor a probe; give one of them")
+    return Task(load_task(config.task, **chosen))
+
+
+def _further(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """``{"scores": ...}``: the mean of each further score over the questions that have it."""
+    names = dict.fromkeys(name for row in scores for name in row)
+    means = {name: float(np.mean([row[name] for row in scores if name in row])) for name in names}
+    return {"scores": {name: round(mean, 4) for name, mean in means.items()}} if means else {}
 
 
 _FieldScores = dict[str, metrics.Scores]
@@ -211,12 +241,16 @@ class _Arms:
 
 
 def _predict(
-    backbone: Backbone, arm: str, examples: Sequence[Example], readings: Sequence[_Reading]
+    backbone: Backbone,
+    arm: str,
+    task: Task,
+    examples: Sequence[Example],
+    readings: Sequence[_Reading],
 ) -> list[dict[str, Any]]:
     """Scores and greedy answers of a group of questions in one arm."""
     slots = compose([r.placed for r in readings], backbone)
     context = Context([r.prefix for r in readings], slots)
-    sampling = [Sampling(max_tokens=NEW_TOKENS)] * len(readings)
+    sampling = [Sampling(max_tokens=task.new_tokens)] * len(readings)
     tokens: list[list[int]] = [[] for _ in readings]
     for step in backbone.decode(context, [r.text for r in readings], sampling):
         for row, token in zip(tokens, step, strict=True):
@@ -239,6 +273,7 @@ def _predict(
                 "f1": metrics.f1(answer, example.answers),
                 "kv_slots": reading.kv_slots,
                 "source_tokens": reading.source_tokens,
+                **({"scores": dict(scores)} if (scores := task.score(example, answer)) else {}),
             }
         )
     return out
@@ -289,7 +324,7 @@ def _ratio(arm: str, default: float) -> float:
 def _meta(config: EvaluateConfig, backbone: Backbone) -> dict[str, Any]:
     return {
         **json.loads(config.model_dump_json()),
-        "task": config.task.name,
+        "task": config.task.name if config.task else None,
         "model_fingerprint": backbone.fingerprint,
         "prompt": rag_messages("{question}", ["{passages}"]),
         **environment(),

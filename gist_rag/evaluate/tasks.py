@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,24 @@ class Example:
     answers: tuple[str, ...]
     passages: tuple[str, ...]
     choices: tuple[str, ...]
+
+
+def _no_scores(example: Example, answer: str) -> Mapping[str, float]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked, and what counts beside what always does.
+
+    Attributes:
+        new_tokens: an answer's limit.
+        score: further scores of an answer, by name; an example need not have all of them.
+    """
+
+    examples: Sequence[Example]
+    new_tokens: int = 16
+    score: Callable[[Example, str], Mapping[str, float]] = _no_scores
 
 
 def load_task(path: Path | str, *, num_passages: int, limit: int, seed: int) -> list[Example]:

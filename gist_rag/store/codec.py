@@ -8,7 +8,7 @@ The bytes of one gist describe themselves (numbers are little-endian)::
     8    format     uint32   a higher number than FORMAT is refused by name
     12   length     uint32   of the header
     16   total      uint64   length of the whole
-    24   header     JSON     codec, num_layers, span, num_tokens, text, tensors
+    24   header     JSON     codec, num_layers, span, num_tokens, text, tensors, bank if it is one
     64k  payloads            each begins, and the whole ends, at a multiple of 64 bytes
 
 ``tensors`` maps a name to its dtype, shape and offset from the first payload. Nothing is pickled.
@@ -107,6 +107,7 @@ def pack(state: GistState, codec: str) -> PackedState:
         span=state.span,
         num_tokens=state.num_tokens,
         text=state.text,
+        bank=state.bank,
     )
 
 
@@ -133,6 +134,7 @@ def unpack(
         span=packed.span,
         num_tokens=packed.num_tokens,
         text=packed.text,
+        bank=packed.bank,
     )
 
 
@@ -158,6 +160,7 @@ def to_bytes(packed: PackedState) -> bytes:
             "num_tokens": packed.num_tokens,
             "text": packed.text,
             "tensors": specs,
+            **({} if packed.bank is None else {"bank": packed.bank}),
         }
     ).encode()
     total = _aligned(_PREFIX.size + len(header)) + offset
@@ -326,10 +329,12 @@ def _parse(header: object, payload: Tensor) -> PackedState:
             "num_tokens": int(num_tokens),
             "text": (str() | None) as text,
             "tensors": dict(specs),
+            **rest,
         } if codec in CODECS and num_layers > 0:
             tensors = {name: _read_tensor(spec, payload) for name, spec in specs.items()}
             _check_layout(CODECS[codec], tensors, num_layers)
-            return PackedState(codec, tensors, num_layers, span, num_tokens, text)
+            bank = _read_bank(rest.get("bank"))
+            return PackedState(codec, tensors, num_layers, span, num_tokens, text, bank)
     raise CorruptEntry("the header of a gist lacks a field, or has one of another type")
 
 
@@ -342,6 +347,14 @@ def _read_tensor(spec: object, payload: Tensor) -> Tensor:
             if offset >= 0 and offset % _ALIGNMENT == 0 and end <= len(payload):
                 return payload[offset:end].view(_DTYPES[name]).view(shape)
     raise CorruptEntry("a gist's tensor does not lie within its bytes")
+
+
+def _read_bank(temperature: object) -> float | None:
+    if temperature is None:
+        return None
+    if isinstance(temperature, float) and 0 < temperature < math.inf:
+        return temperature
+    raise CorruptEntry(f"a gist's bank is read with temperature {temperature!r}, which none can be")
 
 
 def _is_size(size: object) -> bool:

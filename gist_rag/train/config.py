@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,10 +21,12 @@ class TrainConfig(BaseModel):
 
     Attributes:
         method: a compressor, or ``reader``.
-        data: files of questions (``gist_rag.questions``).
+        task: what is learnt from: ``passages``, gists of which are to be read as their text, or
+            ``thoughts``, which a method compresses while it decodes them (``train.traces``).
+        data: files of questions (``gist_rag.questions``), or of worked answers for ``thoughts``.
         ratios: compression ratios, one drawn per step.
         passages: fewest and most passages beside a question, distractors included.
-        max_passage_tokens: longer passages are left out.
+        max_passage_tokens: longer passages, or questions with their thoughts, are left out.
         text_share: how often one passage of a prompt stays text.
         closed_share: how often there are no passages (``reader`` only), so that the model without
             documents is a fair reference too.
@@ -40,6 +42,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str
+    task: Literal["passages", "thoughts"] = "passages"
     data: tuple[Path, ...] = Field(min_length=1)
     out: Path
     model: str = DEFAULT_MODEL
@@ -72,6 +75,8 @@ class TrainConfig(BaseModel):
         fewest, most = self.passages
         if not 1 <= fewest <= most:
             raise ValueError(f"passages {self.passages}: must be 1 <= fewest <= most")
+        if self.task == "thoughts" and self.method == READER:
+            raise ValueError("task thoughts: a reader does not compress its thoughts")
         if any(ratio < 1 for ratio in self.ratios):
             raise ValueError(f"ratios {self.ratios}: each must be 1 or more")
         return self

@@ -21,6 +21,7 @@ from gist_rag.models import load_model
 from gist_rag.train.config import TrainConfig
 from gist_rag.train.data import Examples
 from gist_rag.train.students import Student, make_student
+from gist_rag.train.traces import Traces
 
 CHECKPOINT = "checkpoint"
 SETTINGS = "train.json"
@@ -77,7 +78,8 @@ def train(config: TrainConfig, report: Callable[[Report], None] | None = None) -
     backbone = Backbone(
         *load_model(config.model, dtype=config.dtype, device=device), name=config.model
     )
-    examples = Examples(config, lambda text: len(backbone.tokenize(text)))
+    supply = Traces if config.task == "thoughts" else Examples
+    examples = supply(config, lambda text: len(backbone.tokenize(text)))
     student = make_student(backbone, config)
     optimiser = torch.optim.AdamW(student.groups(), weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _cosine(config))

@@ -1,12 +1,14 @@
 """Who learns, and what one step computes: the serving path with gradients on.
 
 GistStudent     compress > compose > read; the teacher is the same model reading the text
+ThoughtStudent  one pass over prompt and thoughts, earlier ones seen by their gists only
 ReaderStudent   read the text; there is no teacher but the answer
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,7 +25,8 @@ from gist_rag.losses import cross_entropy
 from gist_rag.prompt import rag_messages
 from gist_rag.train.config import READER, TrainConfig
 from gist_rag.train.data import Example
-from gist_rag.types import GistState
+from gist_rag.train.traces import THOUGHT_END
+from gist_rag.types import GistState, Message
 
 
 class Student(nn.Module):
@@ -86,8 +89,12 @@ class GistStudent(Student):
     def forward(self, examples: Sequence[Example], ratio: float) -> dict[str, Tensor]:
         compressor, backbone = self.compressor, self.backbone
         answers = [self._answer(e) for e in examples]
+        closed: Tensor | None = None
         with torch.no_grad():
             teacher = self._read_text(examples, answers)
+            if compressor.reads_closed:
+                alone = [replace(e, passages=(), as_text=None) for e in examples]
+                closed = self._read_text(alone, answers)
 
         compressor.set_ratio(ratio)
         passages = [backbone.tokenize(text) for e in examples for text in e.gisted]
@@ -106,6 +113,7 @@ class GistStudent(Student):
                     teacher=teacher,
                     targets=torch.cat(answers).to(device),
                     weights=_equal_weights(answers).to(device),
+                    closed=closed,
                 )
             ),
             self.weights,
@@ -140,6 +148,41 @@ class GistStudent(Student):
         self.compressor.save_pretrained(folder)
 
 
+class ThoughtStudent(GistStudent):
+    """A compressor that learns to go on from its own compressed thoughts.
+
+    The mask of one pass is what decoding does step by step, so every token of a thought is learnt
+    as it will be told: from the prompt, what is kept of earlier thoughts, and its own.
+    """
+
+    def __init__(self, backbone: Backbone, config: TrainConfig) -> None:
+        super().__init__(backbone, config)
+        self.compressor.trace_layout(1, [2])  # refuses now, not at the first step
+        self.weights = {"lm": 1.0, **config.weights}
+
+    def forward(self, examples: Sequence[Example], ratio: float) -> dict[str, Tensor]:
+        compressor = self.compressor
+        ids, layouts, given = [], [], []
+        for example in examples:
+            prompt, thoughts = self._trace(example)
+            ends = torch.tensor([len(t) for t in thoughts]).cumsum(0) + len(prompt)
+            ids.append(torch.cat((prompt, *thoughts)))
+            layouts.append(compressor.trace_layout(len(prompt), ends.tolist()))
+            given.append(len(prompt))
+        hidden = compressor.encode(ids, layouts)[-1]
+        lm = compressor.language_loss(hidden, ids, layouts, given)
+        return _weighted({"lm": lm}, self.weights)
+
+    def _trace(self, example: Example) -> tuple[Tensor, list[Tensor]]:
+        """Token ids of the prompt and of each thought; the last one ends with the end token."""
+        tokenize = self.backbone.tokenize
+        prompt = self.backbone.render([Message(role="user", content=example.question)])
+        *earlier, last = example.answer.split(THOUGHT_END)
+        end = torch.tensor([min(self.backbone.stop_ids)])
+        thoughts = [tokenize(thought + THOUGHT_END) for thought in earlier]
+        return tokenize(prompt), [*thoughts, torch.cat((tokenize(last), end))]
+
+
 class ReaderStudent(Student):
     """A LoRA that learns to answer from text; saved as a PEFT adapter."""
 
@@ -162,7 +205,10 @@ class ReaderStudent(Student):
 
 
 def make_student(backbone: Backbone, config: TrainConfig) -> Student:
-    return (ReaderStudent if config.method == READER else GistStudent)(backbone, config)
+    """Who learns in a run."""
+    if config.method == READER:
+        return ReaderStudent(backbone, config)
+    return (ThoughtStudent if config.task == "thoughts" else GistStudent)(backbone, config)
 
 
 def _answer_rows(

@@ -10,6 +10,7 @@ from gist_rag_kernels.gist_attention.op import gist_attention
 from gist_rag_kernels.gist_attention.shift import Shift, gist_shift
 from gist_rag_kernels.kv_quant.op import dequantise, quantise
 from gist_rag_kernels.kv_quant.packed import PackedKV
+from gist_rag_kernels.runtime import choose, describe
 from gist_rag_kernels.slot_attention.op import ragged_slot_attention, slot_attention
 from gist_rag_kernels.slot_attention.ragged import Plan, RaggedSlots, plan, plan_layers
 
@@ -19,9 +20,11 @@ __all__ = [
     "Plan",
     "RaggedSlots",
     "Shift",
+    "choose",
     "compose_kv",
     "compose_packed",
     "dequantise",
+    "describe",
     "gist_attention",
     "gist_shift",
     "plan",

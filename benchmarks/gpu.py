@@ -1,0 +1,81 @@
+"""Everything that needs a CUDA device, in the order in which it is wanted when time is short.
+
+    python benchmarks/gpu.py --out DIR [--only tests,kernels] [--model M] [--data FILE ...] [--list]
+
+Correctness first, then timings, then training and evaluation. A step that fails is reported and the
+next one runs; the exit code is 1 then. Needs torch, triton, transformers, accelerate and pytest; no
+FAISS, no LangChain, no installation of this project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OPERATIONS = ("compose_kv", "kv_quant", "slot_attention", "gist_attention")
+METHODS = ("gist_pool", "unigist", "autoencoding", "sentence_anchored")
+PYTHON = shlex.quote(sys.executable)
+CLI = f"{PYTHON} -m gist_rag.cli"
+
+
+def steps(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Names and commands."""
+    out, model = Path(args.out), f"--model {args.model} --dtype bfloat16"
+    yield "tests", f"{PYTHON} -m pytest -q -m gpu tests/kernels tests/test_gpu.py"
+    for op in OPERATIONS:
+        yield "kernels", f"{PYTHON} kernels/benchmarks/bench_{op}.py --out {out}/{op}.json"
+    data = " ".join(f"--data {path}" for path in args.data)
+    for method in ("reader", *METHODS) if args.data else ():
+        config = f"benchmarks/training/{'reader' if method == 'reader' else 'gists'}.yaml"
+        command = f"{CLI} train --method {method} --config {config} {model} {data}"
+        yield f"train-{method}", f"{command} --out {out}/{method}"
+    for passages in (1, 5, 10) if args.task else ():
+        trained = [f"{out}/{method}" for method in METHODS if (out / method).exists()]
+        ratios = [f"attention_matching@{ratio}" for ratio in (8, 16, 32)]
+        command = f"{CLI} evaluate --task {args.task} --passages {passages} --limit 200 {model}"
+        arms = ",".join(("reuse", *ratios, *trained))
+        yield (
+            f"evaluate-{passages}",
+            f"{command} --preset best --arms {arms} --out {out}/nq_p{passages}.json",
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", default="out", help="folder of the results")
+    parser.add_argument("--only", default="", help="names of steps, or what they begin with")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--data", nargs="*", type=Path, default=[], help="training questions")
+    parser.add_argument("--task", type=Path, help="questions to evaluate on")
+    parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    args = parser.parse_args()
+    wanted = tuple(filter(None, args.only.split(",")))
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    failed = []
+    for name, command in steps(args):
+        if wanted and not name.startswith(wanted):
+            continue
+        print(f"[{name}] {command}", flush=True)
+        if args.list:
+            continue
+        started = time.perf_counter()
+        done = subprocess.run(
+            shlex.split(command), cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}
+        )
+        print(f"[{name}] exit {done.returncode}, {time.perf_counter() - started:.0f} s", flush=True)
+        if done.returncode:
+            failed.append(name)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Attention over gist slots and local tokens: what transformers calls in every layer.
+
+transformers hands keyword arguments of a model's forward pass down to a registered attention
+function, so composed gists travel as ``slots=``. Without them the function is SDPA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from gist_rag.layout import Slots
+from gist_rag_kernels import (
+    Plan,
+    RaggedSlots,
+    choose,
+    plan_layers,
+    ragged_slot_attention,
+    slot_attention,
+)
+
+ATTENTION = "gist_rag"
+MANY = 10
+"""Entries from which on a bank is read with a temperature of its own."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one forward pass reads besides its own tokens.
+
+    Attributes:
+        slots: composed gists of all layers.
+        seen: ``(B, Q)`` passages that come before each query token; ``None`` where all do.
+        plans: how a kernel splits the slots of each layer; empty where plain torch reads.
+    """
+
+    slots: Slots
+    seen: Tensor | None = None
+    plans: Sequence[Plan] = ()
+
+    @classmethod
+    def of(cls, slots: Slots, seen: Tensor | None) -> Self:
+        """Made once for all layers and all tokens of an answer."""
+        kernel = slots.bank is None and choose(slots.keys) == "triton"
+        return cls(slots, seen, plan_layers(slots.starts, slots.lengths) if kernel else ())
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    slots: Reading | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """One layer's attention.
+
+    Args:
+        query: ``(B, Hq, Q, D)``.
+        key, value: ``(B, H, K, D)`` of the local tokens.
+        attention_mask: ``(B, 1, Q, K)`` bool over the local tokens, or ``None`` for causal.
+
+    Returns:
+        ``(B, Q, Hq, D)`` and ``None``, as transformers expects.
+    """
+    if slots is None:
+        result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return result
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if slots.slots.bank is not None:
+        local: Tensor = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )[0]
+        return local + read_bank(slots, layer, query, scaling).transpose(1, 2), None
+    if slots.plans and not torch.is_grad_enabled():
+        out = _ragged(slots, layer, query, key, value, attention_mask, scaling)
+    else:
+        out = _padded(slots, layer, query, key, value, attention_mask, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _ragged(
+    reading: Reading,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """Each head reads its own slots and no padding."""
+    slots = reading.slots
+    return ragged_slot_attention(
+        query,
+        key,
+        value,
+        RaggedSlots(
+            keys=slots.keys,
+            values=slots.values,
+            bias=slots.bias,
+            order=slots.order,
+            starts=slots.starts[layer],
+            lengths=slots.lengths[layer],
+        ),
+        scaling,
+        visible=visible,
+        seen=reading.seen,
+        plan=reading.plans[layer],
+    )
+
+
+def _padded(
+    reading: Reading,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """Heads padded to the longest of their layer: what SDPA can take, and differentiate."""
+    slot_keys, slot_values, _, _ = reading.slots.layer(layer)
+    batch, heads, rows, keys = *key.shape[:2], query.shape[2], key.shape[2]
+    if visible is None:
+        visible = torch.ones(rows, keys, dtype=torch.bool, device=key.device).tril(keys - rows)
+        visible = visible[None, None]
+    itself = torch.eye(rows, keys, dtype=torch.bool, device=key.device).roll(keys - rows, 1)
+    hidden = ~(visible | itself)  # padding sees itself, so that no softmax is empty
+    local = torch.zeros(1, device=key.device).masked_fill(hidden, -torch.inf)
+    slot_bias = reading.slots.visible_bias(layer, reading.seen)
+    return slot_attention(
+        query,
+        torch.cat((slot_keys, key), dim=2),
+        torch.cat((slot_values, value), dim=2),
+        torch.cat((slot_bias.expand(-1, -1, rows, -1), local.expand(batch, heads, -1, -1)), dim=-1),
+        scaling,
+    )
+
+
+def read_bank(reading: Reading, layer: int, query: Tensor, scaling: float) -> Tensor:
+    """What a softmax of its own reads from a bank, ``(B, Hq, Q, D)``; see ``Slots.bank``."""
+    slots = reading.slots
+    if slots.bank is None or not slots.widths[layer]:
+        return torch.zeros_like(query)
+    keys, values, _, _ = (x.float() for x in slots.layer(layer))  # (B, H, N, D)
+    grouped = query.float().unflatten(1, (slots.heads, -1))  # (B, H, G, Q, D)
+    logits = grouped @ keys[:, :, None].mT * scaling
+    logits = logits + slots.visible_bias(layer, reading.seen)[:, :, None]
+    temperature = torch.where(slots.lengths[layer] < MANY, 1.0, slots.bank)  # (B, H)
+    logits = logits / temperature[..., None, None, None]
+    share = nn.functional.pad(logits, (1, 0)).softmax(-1)[..., 1:]  # logit 0: none of them
+    return (share @ values[:, :, None]).flatten(1, 2).to(query.dtype)
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,205 @@
+"""``trim_kv``: gates that score tokens, soft while they learn, hard when they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gist_rag.backbone import Backbone, Context, Local
+from gist_rag.compose import Placed, compose
+from gist_rag.compressors import make_compressor
+from gist_rag.compressors.base import Lesson
+from gist_rag.compressors.trim_kv import TrimKV, TrimmedCache
+from gist_rag.errors import BadInput, ContextOverflow
+from gist_rag.losses import capacity
+from gist_rag.types import GistState, Sampling
+
+
+@pytest.fixture
+def make(backbone: Backbone) -> Callable[..., TrimKV]:
+    """Methods whose gates tell tokens apart."""
+
+    def build(**settings: object) -> TrimKV:
+        method = make_compressor("trim_kv", backbone, {"ratio": 4.0, "start": 4.0, **settings})
+        assert isinstance(method, TrimKV)
+        for weight in (method.gates.down, method.gates.up):
+            torch.nn.init.normal_(weight, std=0.3)
+        return method
+
+    return build
+
+
+def uncompressed(method: TrimKV, ids: Tensor) -> GistState:
+    return make_compressor("full", method.backbone).compress([ids])[0]
+
+
+@torch.no_grad()
+def log_beta(method: TrimKV, ids: Tensor) -> Tensor:
+    """``(L * H, T)`` by a second way: layer by layer."""
+    stream, gates, out = method.backbone.encode(ids[None])[:, 0], method.gates, []
+    for index, layer in enumerate(method.backbone.layers):
+        inner = layer.input_layernorm(stream[index]) @ gates.down[index] + gates.down_bias[index]
+        gate = (inner * inner.sigmoid()) @ gates.up[index] + gates.up_bias[index]
+        out.append(gate.sigmoid().log().T)
+    return torch.cat(out)
+
+
+def logits(method: TrimKV, state: GistState, question: Tensor) -> Tensor:
+    backbone = method.backbone
+    prefix = backbone.prefix(question[:0])
+    context = Context([prefix], compose([[Placed(state, 0)]], backbone))
+    return backbone.read(context, [Local.after(question, state.span, 1)])
+
+
+def test_only_gates_learn(make: Callable[..., TrimKV]) -> None:
+    assert all(name.startswith("gates.") for name, _ in make().named_parameters())
+
+
+def test_while_it_learns_all_tokens_are_there_and_fade(
+    make: Callable[..., TrimKV], ids: Tensor
+) -> None:
+    method = make(horizon=100)
+    [state] = method.compress([ids])
+    faded = log_beta(method, ids) * (48 + 100 - torch.arange(48))
+    assert state.lengths.tolist() == [48] * 6
+    assert torch.allclose(state.bias.view(6, 48), faded, atol=1e-3)
+
+
+def test_the_answer_teaches_gates_of_every_layer(make: Callable[..., TrimKV], ids: Tensor) -> None:
+    method = make()
+    [state] = method.compress([ids])
+    logits(method, state, ids[:5]).square().mean().backward()  # type: ignore[no-untyped-call]
+    assert method.gates.down.grad is not None
+    assert bool((method.gates.down.grad.abs().amax((1, 2)) > 0).all())
+    assert all(p.grad is None for p in method.backbone.model.parameters())
+
+
+@torch.no_grad()
+def test_every_head_keeps_its_best(make: Callable[..., TrimKV], ids: Tensor) -> None:
+    method = make(horizon=100)
+    [state] = method.compress([ids])
+    scores = log_beta(method, ids) * (48 + 100 - torch.arange(48))
+    best = scores.topk(12, dim=1).indices.sort(1).values
+    assert state.offsets.view(6, 12).tolist() == best.tolist()
+    assert len({tuple(row) for row in best.tolist()}) > 1
+    assert state.span == 48
+    assert not state.bias.any()
+
+
+@torch.no_grad()
+def test_what_is_kept_is_the_plain_kv(make: Callable[..., TrimKV], ids: Tensor) -> None:
+    method = make()
+    [state], [full] = (
+        method.compress([ids]),
+        make_compressor("full", method.backbone).compress([ids]),
+    )
+    place = state.row_of_slot() * 48 + state.offsets
+    assert torch.equal(state.keys, full.keys[place])
+    assert torch.equal(state.values, full.values[place])
+
+
+@torch.no_grad()
+def test_under_one_budget_heads_keep_what_they_need(
+    make: Callable[..., TrimKV], ids: Tensor
+) -> None:
+    [state] = make(budget="global").compress([ids])
+    assert state.num_slots == 6 * 12
+    assert len(set(state.lengths.tolist())) > 1
+
+
+def test_untrained_gates_keep_everything_soft(make: Callable[..., TrimKV], ids: Tensor) -> None:
+    method = make_compressor("trim_kv", make().backbone, {"start": 18.0})
+    assert isinstance(method, TrimKV)
+    [soft], [full] = (
+        method.compress([ids]),
+        make_compressor("full", method.backbone).compress([ids]),
+    )
+    close = torch.allclose(logits(method, soft, ids[:5]), logits(method, full, ids[:5]), atol=1e-2)
+    assert close
+
+
+def test_capacity_by_hand() -> None:
+    """Heads filled to 3 and to 1, a budget of 2, 4 tokens: (1 + 0) / 2 heads / 4 tokens."""
+    assert float(capacity(torch.tensor([3.0, 1.0]), 2.0, 4)) == pytest.approx(0.125)
+
+
+def test_the_capacity_term_is_what_is_left_above_the_budget(
+    make: Callable[..., TrimKV], ids: Tensor
+) -> None:
+    method = make()
+    [state] = method.compress([ids])
+    logit, one = torch.zeros(1, 600), torch.ones(1)
+    lesson = Lesson([ids], torch.empty(0), [state], logit, logit, one.long(), one)
+    left = (log_beta(method, ids) * (48 + 256 - torch.arange(48))).exp().sum(1)
+    expected = sum(max(0.0, float(x) - 12) for x in left) / 6 / 48
+    assert float(method.losses(lesson)["cap"].detach()) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_capacity_term_is_learnt(
+    backbone: Backbone, ids: Tensor, lowers: Callable[..., bool]
+) -> None:
+    method = make_compressor("trim_kv", backbone, {"ratio": 4.0})
+    logit, one = torch.zeros(1, 600), torch.ones(1)
+
+    def loss() -> Tensor:
+        states = method.compress([ids])
+        lesson = Lesson([ids], torch.empty(0), states, logit, logit, one.long(), one)
+        return method.losses(lesson)["cap"]
+
+    assert lowers(method, loss)
+
+
+# ---- trimming while decoding
+
+
+def test_with_room_for_all_it_decodes_as_the_plain_model(
+    make: Callable[..., TrimKV], ids: Tensor
+) -> None:
+    method, nothing = make(), torch.empty(0, dtype=torch.long)
+    context = Context([method.backbone.prefix(nothing)], None)
+    plain = method.backbone.decode(context, [Local.after(ids, 0, 0)], [Sampling(max_tokens=12)])
+    ours = method.decode(ids, budget=100, max_tokens=12)
+    assert list(ours) == [token for [token] in plain]
+
+
+@torch.no_grad()
+def test_every_head_stays_under_its_budget(make: Callable[..., TrimKV], ids: Tensor) -> None:
+    trimmed, sizes = TrimmedCache(make(), budget=20, slack=4), []
+    trimmed.read(ids)
+    for token in ids[:15]:
+        trimmed.read(token[None])
+        sizes.append(trimmed.cache.get_seq_length())
+    assert sizes == [21, 22, 23, 20] * 3 + [21, 22, 23]
+    assert trimmed.positions.shape == (3, 2, 23)
+    assert trimmed.length == 63
+
+
+@torch.no_grad()
+def test_the_best_entries_stay_as_they_were(make: Callable[..., TrimKV], ids: Tensor) -> None:
+    method = make()
+    trimmed, whole = TrimmedCache(method, 20, 4), TrimmedCache(method, 100, 4)
+    trimmed.read(ids)
+    whole.read(ids)
+    scores = log_beta(method, ids) * (48 - torch.arange(48))
+    best = scores.topk(20, dim=1).indices.sort(1).values
+    assert trimmed.positions.flatten(0, 1).tolist() == best.tolist()
+    for ours, theirs, kept in zip(
+        trimmed.cache.layers, whole.cache.layers, trimmed.positions, strict=True
+    ):
+        for head in range(2):
+            assert torch.equal(ours.keys[0, head], theirs.keys[0, head, kept[head]])
+            assert torch.equal(ours.values[0, head], theirs.values[0, head, kept[head]])
+
+
+def test_decoding_ends_at_max_tokens(make: Callable[..., TrimKV], ids: Tensor) -> None:
+    assert len(list(make().decode(ids, budget=8, slack=1, max_tokens=5))) <= 5
+
+
+def test_what_cannot_be_decoded_is_refused(make: Callable[..., TrimKV], ids: Tensor) -> None:
+    with pytest.raises(BadInput, match="prompt"):
+        next(make().decode(ids[:0], budget=8))
+    with pytest.raises(ContextOverflow, match="4096"):
+        next(make().decode(ids, budget=8, max_tokens=5000))

@@ -1,0 +1,62 @@
+"""The serving path with Triton kernels gives what it gives with plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gist_rag.backbone import Backbone, Context, Local
+from gist_rag.compose import compose, place
+from gist_rag.compressors import make_compressor
+from gist_rag.types import GistState, Passage, Sampling
+
+
+@pytest.fixture
+def states(backbone: Backbone, passages: list[Passage]) -> list[GistState]:
+    """Ragged ones, of different lengths."""
+    compressor = make_compressor("attention_matching", backbone, {"ratio": 4, "preset": "fast"})
+    with torch.no_grad():
+        return compressor.compress([backbone.tokenize(p.text)[:24] for p in passages[:3]])
+
+
+def prompts(backbone: Backbone, states: list[GistState]) -> tuple[Context, list[Local]]:
+    """Two prompts: text between two passages, and one passage behind a longer prefix."""
+    prefixes = [backbone.prefix(backbone.tokenize(t)) for t in ("Read:", "Read this text:")]
+    first, middle = place(states[:1], len(prefixes[0]), "parallel")
+    between = Local.after(backbone.tokenize(" and "), middle, 1)
+    second, end = place(states[1:2], middle + len(between.ids), "parallel")
+    question = backbone.tokenize("What is it?")
+    third, last = place(states[2:], len(prefixes[1]), "parallel")
+    texts = [
+        Local.join([between, Local.after(question, end, 2)]),
+        Local.after(question, last, 1),
+    ]
+    return Context(prefixes, compose([[*first, *second], third], backbone)), texts
+
+
+@torch.no_grad()
+def test_reading_is_the_same(
+    backbone: Backbone, states: list[GistState], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ragged heads, two prompts, tokens that come before a passage, left padding."""
+    monkeypatch.setenv("GIST_RAG_KERNELS", "reference")
+    plain = backbone.read(*prompts(backbone, states))
+    monkeypatch.setenv("GIST_RAG_KERNELS", "triton")
+    ours = backbone.read(*prompts(backbone, states))
+    rows = len(prompts(backbone, states)[1][1].ids)
+    assert torch.allclose(ours[0], plain[0], atol=1e-4)
+    assert torch.allclose(ours[1, -rows:], plain[1, -rows:], atol=1e-4)  # the rest is padding
+
+
+@torch.no_grad()
+def test_decoding_is_the_same(
+    backbone: Backbone, states: list[GistState], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tokens() -> list[list[int | None]]:
+        context, texts = prompts(backbone, states)
+        return list(backbone.decode(context, texts, [Sampling(max_tokens=3)] * 2))
+
+    monkeypatch.setenv("GIST_RAG_KERNELS", "reference")
+    plain = tokens()
+    monkeypatch.setenv("GIST_RAG_KERNELS", "triton")
+    assert tokens() == plain
