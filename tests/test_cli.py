@@ -377,9 +377,7 @@ def test_evaluate_writes_a_result_file(run: Run, tiny_model_folder: Path, tmp_pa
     assert set(json.loads(out.read_text())["arms"]) == {"closed", "full", "strided"}
 
 
-def test_evaluate_writes_a_probes_scores(
-    run: Run, tiny_model_folder: Path, tmp_path: Path
-) -> None:
+def test_evaluate_writes_a_probes_scores(run: Run, tiny_model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     result = run(
         "evaluate", "--probe", "punctuation", "--limit", 2, "--model", tiny_model_folder,

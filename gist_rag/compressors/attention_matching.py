@@ -15,12 +15,16 @@ from torch import Tensor
 from gist_rag.backbone import Context, Local, Prefix
 from gist_rag.compose import Placed, compose
 from gist_rag.compressors.base import Compressor, CompressorConfig
+from gist_rag.losses import distill
 from gist_rag.prompt import MARK
 from gist_rag.types import GistState
 from gist_rag_kernels import rotate
 
 REPEAT = "\n\nRepeat the text above."
-REFINE_STEPS = 30
+REFINE_STEPS = {"fast": 0, "balanced": 0, "thorough": 30, "best": 6}
+REFINE_LR = {"heads": 0.06, "model": 0.01}
+STREAM_WEIGHT = 5.0
+"""Of the residual streams' relative error beside the KL of the logits: about equal shares."""
 REFINE_QUERIES = 256
 """Refinement looks at so many queries of each head, evenly spread; the others say little more."""
 MIN_MASS, MAX_MASS = 1e-4, 1e3
@@ -34,26 +38,35 @@ class AttentionMatchingConfig(CompressorConfig):
 
     Attributes:
         preset: ``fast`` keeps the best keys as they are; ``balanced`` also fits log-masses and
-            values; ``best`` refines the fit and moves the keys.
+            values; ``thorough`` moves the keys too, each head by itself; ``best`` refines the fit
+            through the model.
         budget: whose slots compete for the same budget: all layers and heads of a passage
             (``global``), the heads of one layer (``layer``), or nobody's (``head``: every head
             keeps the same number, for engines that cannot take ragged heads).
         score: how a key's attention is summed up over the queries of the repeat pass.
-        refine_steps: Adam steps of refinement; ``None`` is the preset's own number.
-        refine_lr: peak learning rate of those steps, on keys, values and log-masses alike.
+        refine_steps: Adam steps of refinement; ``None`` is the preset's own number. ``fast`` and
+            ``balanced`` refine each head by itself when they are given some.
+        refine_lr: peak learning rate of those steps, on keys, values and log-masses alike;
+            ``None`` is 0.06 for heads and 0.01 through the model.
     """
 
-    preset: Literal["fast", "balanced", "best"] = "balanced"
+    preset: Literal["fast", "balanced", "thorough", "best"] = "balanced"
     budget: Literal["global", "layer", "head"] = "global"
     score: Literal["rms", "max"] = "rms"
     refine_steps: int | None = Field(default=None, ge=0)
-    refine_lr: float = Field(default=0.06, gt=0)
+    refine_lr: float | None = Field(default=None, gt=0)
+
+    @property
+    def refine(self) -> Literal["heads", "model"]:
+        return "model" if self.preset == "best" else "heads"
 
     @property
     def steps(self) -> int:
-        if self.refine_steps is not None:
-            return self.refine_steps
-        return REFINE_STEPS if self.preset == "best" else 0
+        return REFINE_STEPS[self.preset] if self.refine_steps is None else self.refine_steps
+
+    @property
+    def lr(self) -> float:
+        return REFINE_LR[self.refine] if self.refine_lr is None else self.refine_lr
 
 
 class AttentionMatching(Compressor):
@@ -64,12 +77,15 @@ class AttentionMatching(Compressor):
         select   the M best of all layers and heads together: heads keep what they need
         mass     min over w >= 0 of  sum_i p_i^2 (sum_j a_ij w_j - 1)^2    (log w is the slot bias)
         value    min over V' of      sum_i p_i^2 |sum_j x_ij v'_j - o_i|^2
-        refine   min over k', v', log w' of  sum_i |p_i o_i - p'_i o'_i|^2 + c^2 (p_i - p'_i)^2
+        heads    min over k', v', log w' of  sum_i |p_i o_i - p'_i o'_i|^2 + c^2 (p_i - p'_i)^2
+        model    min over k', v', log w' of  KL(repeat from all || repeat from kept)
+                                             + mean over layers of |h - h'|^2 / |h|^2
 
     a is attention over the passage alone, x that over the kept slots with their masses, o the
-    output of all slots, p_i how much query i looks at the passage rather than at the prefix. The
-    refinement is a few steps of Adam with all heads at once; c is how far the outputs of prefix
-    and passage lie apart, so that a wrong share costs what it does to the output.
+    output of all slots, p_i how much query i looks at the passage rather than at the prefix, h the
+    residual streams of the repeat. The last two are alternatives, a few steps of Adam each: all
+    heads at once, each by itself (``thorough``; c is how far the outputs of prefix and passage lie
+    apart, so that a wrong share costs what it does to the output), or through the model (``best``).
 
     Matching mass *and* output makes a compressed block a drop-in for the whole one beside any
     other block (Attention Matching, arXiv:2602.16284, sections 3-4). The repeat pass as the source
@@ -77,13 +93,12 @@ class AttentionMatching(Compressor):
 
     What differs from the papers: one budget over layers and heads *and* the fit; fits weighted by
     p; non-negative masses by accelerated projected gradient, batched, instead of one NNLS per head;
-    values are regularised towards the originals; the refinement, which lets keys move, is ours.
-    It needs no backward pass through the model, and at 16x it keeps more than distilling the
-    repeat's logits does (a Cartridge per passage, arXiv:2506.06266): a text is easily repeated by
-    heart, and what is fitted to that answers questions worse.
+    values are regularised towards the originals; the refinements, which let keys move, are ours
+    (through the model: a Cartridge per passage, arXiv:2506.06266, started from the fit).
 
     When to choose it: whenever nothing has been trained. ``fast`` and ``balanced`` cost two to
-    three prefills of the passage; ``best`` a few more, and it pays from 16x on.
+    three prefills of the passage, ``thorough`` about twice as much, ``best`` three to four more per
+    step. Refinement pays from 8x on; at 16x only ``best`` is left.
     """
 
     name: ClassVar[str] = "attention_matching"
@@ -94,7 +109,10 @@ class AttentionMatching(Compressor):
     def finish(self, states: list[GistState], passages: Sequence[Tensor]) -> list[GistState]:
         with torch.no_grad():
             repeat = self._repeat(states, passages)
-            return [self._match(repeat, row, state) for row, state in enumerate(states)]
+            matched = [self._match(repeat, row, state) for row, state in enumerate(states)]
+        if self.config.refine == "model" and self.config.steps:
+            return self._imitate(matched, repeat)
+        return matched
 
     def _repeat(self, states: Sequence[GistState], passages: Sequence[Tensor]) -> _Repeat:
         """One pass in which the model repeats each passage from its own uncompressed KV."""
@@ -109,6 +127,7 @@ class AttentionMatching(Compressor):
             texts=texts,
             num_tokens=[len(ids) for ids in passages],
             queries=self.backbone.project_queries(hidden[:-1], positions),
+            hidden=hidden,
         )
 
     @cached_property
@@ -152,14 +171,14 @@ class AttentionMatching(Compressor):
         if self.config.preset != "fast":
             mass, fitted = match(queries, keys, values, keep, share, scaling)
             kept = Kept(kept.keys, fitted, mass.log())
-        if self.config.steps:
+        if self.config.refine == "heads" and self.config.steps:
             target = Target.of(
                 queries[:, :: -(-queries.shape[1] // REFINE_QUERIES)] * scaling,
                 (prefix_keys, prefix_values),
                 (keys, values),
             )
             rotary = self.backbone.rotary(offsets + len(self._prefix))
-            kept = refine(kept, keep, target, rotary, self.config.steps, self.config.refine_lr)
+            kept = refine(kept, keep, target, rotary, self.config.steps, self.config.lr)
         return replace(
             full,
             keys=kept.keys.to(full.keys.dtype),
@@ -177,6 +196,38 @@ class AttentionMatching(Compressor):
         keep = torch.zeros_like(flat, dtype=torch.bool)
         return keep.scatter_(1, flat.topk(budget).indices, True).view_as(scores)
 
+    def _imitate(self, states: list[GistState], repeat: _Repeat) -> list[GistState]:
+        """Refine through the model: repeat the passage from the slots as from the whole KV."""
+        backbone, rows = self.backbone, max(repeat.num_tokens) + 1
+        weight = torch.zeros(len(states), rows - 1, device=backbone.device)
+        for row, tokens in enumerate(repeat.num_tokens):
+            weight[row, -tokens:] = 1 / tokens
+        wanted = repeat.hidden[1:, :, -rows:-1].float()
+        with torch.no_grad():
+            teacher = backbone.logits(repeat.hidden[-1][:, -rows:-1])
+            size = (wanted.square().sum(-1) * weight).sum(-1, keepdim=True) / weight.sum(-1)[
+                :, None
+            ]
+        sizes = [s.num_slots for s in states]
+        kept = (
+            torch.cat([getattr(s, name).float() for s in states])
+            for name in ("keys", "values", "bias")
+        )
+        with torch.enable_grad():
+            free = [x.requires_grad_() for x in kept]
+            adam = torch.optim.Adam(free, lr=self.config.lr)
+            for _ in range(self.config.steps):
+                context = self._context(_with(states, free, sizes))
+                with backbone.recording() as stream:
+                    student = backbone.read(context, repeat.texts, num_logits=rows)[:, :-1]
+                streams = torch.stack(stream[1:])[:, :, -rows:-1].float()
+                apart = ((streams - wanted).square().sum(-1) / size).mean(0)
+                loss = ((distill(teacher, student) + STREAM_WEIGHT * apart) * weight).sum()
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+        return _with(states, [x.detach() for x in free], sizes)
+
 
 @dataclass(frozen=True)
 class _Repeat:
@@ -187,12 +238,14 @@ class _Repeat:
         texts: instruction and passage, ``Q_b`` tokens each.
         num_tokens: passage tokens of each row.
         queries: ``(L, B, H, G * Q, D)``, left-padded.
+        hidden: ``(L + 1, B, Q, E)`` residual streams.
     """
 
     context: Context
     texts: list[Local]
     num_tokens: list[int]
     queries: Tensor
+    hidden: Tensor
 
     def asked(self, row: int) -> Tensor:
         """Queries ``(L * H, G * Q_b, D)`` of one passage without padding."""
@@ -410,3 +463,11 @@ def nonnegative_least_squares(gram: Tensor, target: Tensor, steps: int = 100) ->
         ahead = new + torch.where(uphill, 0.0, (momentum - 1) / next_momentum) * (new - w)
         w, momentum = new, next_momentum
     return w
+
+
+def _with(
+    states: Sequence[GistState], free: Sequence[Tensor], sizes: Sequence[int]
+) -> list[GistState]:
+    """States with other keys, values and biases, given joined over all states."""
+    parts = zip(states, *(x.split(list(sizes)) for x in free), strict=True)
+    return [replace(s, keys=k, values=v, bias=b) for s, k, v, b in parts]
