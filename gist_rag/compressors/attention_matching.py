@@ -21,7 +21,7 @@ from gist_rag.types import GistState
 from gist_rag_kernels import rotate
 
 REPEAT = "\n\nRepeat the text above."
-REFINE_STEPS = {"fast": 0, "balanced": 0, "thorough": 30, "best": 6}
+REFINE_STEPS = {"fast": 0, "balanced": 0, "thorough": 30, "best": 10}
 REFINE_LR = {"heads": 0.06, "model": 0.01}
 STREAM_WEIGHT = 5.0
 """Of the residual streams' relative error beside the KL of the logits: about equal shares."""
