@@ -63,8 +63,8 @@ Model = Annotated[str, typer.Option(help="Alias, local folder or Hugging Face id
 Method = Annotated[str, typer.Option(help="Name of a method, or folder of a trained compressor.")]
 Dtype = Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16, float16.")]
 Ratio = Annotated[float | None, typer.Option(help="Tokens per kept slot.")]
-Preset = Annotated[str | None, typer.Option(help="fast, balanced or best.")]
-RefineSteps = Annotated[int | None, typer.Option(help="Steps of self-distillation per passage.")]
+Preset = Annotated[str | None, typer.Option(help="fast, balanced, thorough or best.")]
+RefineSteps = Annotated[int | None, typer.Option(help="Steps of refinement per passage.")]
 
 
 def main() -> None:

@@ -83,6 +83,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.losses",
                 "gist_rag.prompt",
                 "gist_rag.types",
+                "gist_rag_kernels",
             }
         ),
     ),

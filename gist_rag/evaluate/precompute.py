@@ -15,7 +15,7 @@ from gist_rag.evaluate.environment import environment
 from gist_rag.models import DEFAULT_MODEL, load_model
 from gist_rag.sample import sample_passages
 
-PRESETS = ("fast", "balanced", "best")
+PRESETS = ("fast", "balanced", "thorough", "best")
 
 
 def bench_precompute(
