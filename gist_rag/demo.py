@@ -46,6 +46,11 @@ class DemoEngine(GistEngine):
 
     last: tuple[Prompt, Answer]
 
+    def generate(self, prompt: Prompt, *args: Any, **options: Any) -> Answer:
+        answer = super().generate(prompt, *args, **options)
+        self.last = (prompt, answer)
+        return answer
+
     def stream(self, prompt: Prompt, *args: Any, **options: Any) -> Iterator[Chunk]:
         for chunk in super().stream(prompt, *args, **options):
             if chunk.answer is not None:

@@ -54,6 +54,7 @@ from gist_rag.types import (
     Sampling,
     Stats,
 )
+from gist_rag_kernels import choose
 
 logger = logging.getLogger(__name__)
 
@@ -395,6 +396,7 @@ class GistEngine:
         prefixes = [self._prefix(plan.prefix) for plan in plans]
         slots = compose([plan.placed for plan in plans], self.backbone)
         context = Context(prefixes, slots)
+        kernels = "reference" if slots is None else choose(slots.keys)
         clock.lap("compose_ms")
         texts = [plan.text for plan in plans]
         steps = self.backbone.decode(context, texts, [r.sampling for r in requests])
@@ -412,7 +414,7 @@ class GistEngine:
                             pieces.append((i, Chunk(text)))
                     ended |= {i for i in going if rows[i].over}
                 for i in sorted(ended):
-                    stats = fetched.stats(i, plans[i], clock.times_in_all())
+                    stats = fetched.stats(i, plans[i], clock.times_in_all(), kernels)
                     pieces.append((i, Chunk(*rows[i].finish(stats, plans[i].passages))))
                 going -= ended
                 stopped = set(range(len(requests))) - going
@@ -618,7 +620,9 @@ class _Fetched:
     sizes: Mapping[str, int]
     missed: Sequence[int]
 
-    def stats(self, prompt: int, plan: _Plan, times: Mapping[str, float]) -> Stats:
+    def stats(
+        self, prompt: int, plan: _Plan, times: Mapping[str, float], kernels: str = "reference"
+    ) -> Stats:
         contents = [p.content for p in plan.passages]
         return Stats(
             hits=len(contents),
@@ -628,6 +632,7 @@ class _Fetched:
             text_tokens=len(plan.text.ids),
             cached_tokens=len(plan.prefix),
             num_bytes=sum(self.sizes[c] for c in contents),
+            kernels=kernels,
             **times,
         )
 

@@ -232,6 +232,7 @@ class Stats:
     ``hits`` counts passages read as gists, ``misses`` known passages read as text. ``ratio`` is
     source tokens per slot over the passages that were read as gists. ``first_token_ms`` counts
     from the call to the first new token: matching, fetching, composing and reading included.
+    ``kernels`` says what composed and read the gists, ``"triton"`` or ``"reference"``.
     """
 
     hits: int = 0
@@ -247,6 +248,7 @@ class Stats:
     read_ms: float = 0.0
     first_token_ms: float = 0.0
     total_ms: float = 0.0
+    kernels: str = "reference"
 
     @property
     def ratio(self) -> float:

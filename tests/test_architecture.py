@@ -121,6 +121,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.store",
                 "gist_rag.tools",
                 "gist_rag.types",
+                "gist_rag_kernels",
             }
         ),
     ),

@@ -42,6 +42,7 @@ def test_known_passages_are_read_as_gists(tiny_engine: GistEngine, passages: lis
     answer = tiny_engine.generate(ask(passages[:3]), SHORT)
     assert [p.id for p in answer.passages] == [p.id for p in passages[:3]]
     assert (answer.stats.hits, answer.stats.misses) == (3, 0)
+    assert answer.stats.kernels == ("triton" if torch.cuda.is_available() else "reference")
     assert answer.stats.ratio == pytest.approx(4, rel=0.05)
 
 

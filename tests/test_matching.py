@@ -411,8 +411,9 @@ def test_every_span_in_json_decodes_to_its_passage(home, corpus, ensure_ascii):
     matcher, _ = small_matcher_of(home, passages)
     encoded = json.dumps(text, ensure_ascii=ensure_ascii)
     for match in matcher.find(encoded):
-        decoded = json.loads(f'"{encoded[match.start : match.end]}"')
-        assert content_key(decoded) == match.content
+        span = encoded[match.start : match.end]
+        if content_key(span) != match.content:  # a passage may begin with JSON's own quote
+            assert content_key(json.loads(f'"{span}"')) == match.content
 
 
 NUMBERS = [4077824538, 3859318785]
