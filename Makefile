@@ -13,7 +13,10 @@ SERVING := benchmarks/serving/results
 RATIOS := 2 4 8 16
 CONTROLS := truncated strided mean_pooled attention_matching
 COMMA := ,
-ARMS := reuse$(foreach r,$(RATIOS),$(foreach c,$(CONTROLS),$(COMMA)$(c)@$(r)))
+REFINED := attention_matching@8,attention_matching@16,attention_matching@32
+SPACE := $(COMMA:,=) $(COMMA:,=)
+EACH := $(foreach r,$(RATIOS),$(foreach c,$(CONTROLS),$(COMMA)$(c)@$(r)))
+ARMS := reuse$(subst $(SPACE),,$(EACH))
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +40,11 @@ bench: .venv/.demo ## time to first token and cost of compressing on this CPU, i
 
 quality: .venv/.demo ## evaluate on TASK=FILE, one and five passages, into benchmarks/ (hours on a CPU)
 	for n in 1 5; do $(BIN)/gist-rag evaluate --task $(TASK) --passages $$n --dtype bfloat16 \
-		--arms $(ARMS) --out benchmarks/quality/results/nq_p$${n}_balanced.json; done
+		--arms $(ARMS) --out benchmarks/quality/results/nq_p$${n}_balanced.json; \
+		$(BIN)/gist-rag evaluate --task $(TASK) --passages $$n --dtype bfloat16 --preset thorough \
+		--arms reuse$(COMMA)$(REFINED) --out benchmarks/quality/results/nq_p$${n}_thorough.json; \
+		$(BIN)/gist-rag evaluate --task $(TASK) --passages $$n --dtype bfloat16 --preset best \
+		--arms attention_matching@16 --out benchmarks/quality/results/nq_p$${n}_best.json; done
 
 plots: .venv/.dev ## draw pictures and tables from the result files
 	$(BIN)/python benchmarks/plot.py

@@ -219,7 +219,7 @@ def _save(figure: Any, name: str) -> None:
 
 if __name__ == "__main__":
     quality_results = load("quality")
-    ttft_results = [r for r in load("serving") if "ttft_text_ms" in r["results"][0]]
+    ttft_results = [r for r in load("serving") if r["file"].startswith("ttft")]
     if quality_results:
         draw_quality([r for r in quality_results if r["meta"]["task"] == TASK])
     if ttft_results:
