@@ -14,7 +14,8 @@ RATIOS := 2 4 8 16
 CONTROLS := truncated strided mean_pooled attention_matching
 COMMA := ,
 REFINED := attention_matching@8,attention_matching@16,attention_matching@32
-SPACE := $(COMMA:,=) $(COMMA:,=)
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
 EACH := $(foreach r,$(RATIOS),$(foreach c,$(CONTROLS),$(COMMA)$(c)@$(r)))
 ARMS := reuse$(subst $(SPACE),,$(EACH))
 

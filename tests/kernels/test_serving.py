@@ -12,8 +12,11 @@ from gist_rag.types import GistState, Passage, Sampling
 
 
 @pytest.fixture
-def states(backbone: Backbone, passages: list[Passage]) -> list[GistState]:
+def states(
+    backbone: Backbone, passages: list[Passage], monkeypatch: pytest.MonkeyPatch
+) -> list[GistState]:
     """Ragged ones, of different lengths."""
+    monkeypatch.setenv("GIST_RAG_KERNELS", "reference")
     compressor = make_compressor("attention_matching", backbone, {"ratio": 4, "preset": "fast"})
     with torch.no_grad():
         return compressor.compress([backbone.tokenize(p.text)[:24] for p in passages[:3]])
