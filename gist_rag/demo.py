@@ -5,11 +5,10 @@ The one file of the package that imports the integrations: showing them is what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from gist_rag.engine import Chunk, GistEngine, Prompt
+from gist_rag.engine import Chunk, GistEngine, Prompt, Request
 from gist_rag.errors import MissingExtra
 from gist_rag.models import embedder_folder
 from gist_rag.prompt import RAG_DOCUMENTS, RAG_QUESTION, RAG_SEPARATOR
@@ -46,16 +45,12 @@ class DemoEngine(GistEngine):
 
     last: tuple[Prompt, Answer]
 
-    def generate(self, prompt: Prompt, *args: Any, **options: Any) -> Answer:
-        answer = super().generate(prompt, *args, **options)
-        self.last = (prompt, answer)
-        return answer
-
-    def stream(self, prompt: Prompt, *args: Any, **options: Any) -> Iterator[Chunk]:
-        for chunk in super().stream(prompt, *args, **options):
-            if chunk.answer is not None:
-                self.last = (prompt, chunk.answer)
-            yield chunk
+    def _run(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Chunk]]]:
+        for pieces in super()._run(requests):
+            for place, chunk in pieces:
+                if chunk.answer is not None:
+                    self.last = (requests[place].prompt, chunk.answer)
+            yield pieces
 
 
 def run(engine: DemoEngine, passages: Sequence[Passage]) -> Iterator[Shown]:
@@ -79,7 +74,7 @@ def run(engine: DemoEngine, passages: Sequence[Passage]) -> Iterator[Shown]:
             yield Shown(
                 framework=framework,
                 question=question.text,
-                gold=question.gold,
+                gold=question.answers[0],
                 answer=answer.strip(),
                 text_answer=as_text.text.strip(),
                 retrieved=RETRIEVED,

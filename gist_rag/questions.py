@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gist_rag.errors import BadInput
+from gist_rag.jsonl import read_lines
 
 FIELDS = ("id", "question", "answers", "passages")
 
@@ -37,15 +37,7 @@ def load_questions(path: Path | str) -> list[Question]:
     Raises:
         BadInput: no such file, no JSON, a row without the fields, or no usable row.
     """
-    path = Path(path)
-    open_text = gzip.open if path.suffix == ".gz" else open
-    rows = []
-    try:
-        with open_text(path, "rt", encoding="utf8") as file:
-            for number, line in enumerate(file, 1):
-                rows.append(_parse(line, f"{path}, line {number}"))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {path}: {error}") from error
+    rows = [_parse(line, place) for place, line in read_lines(path)]
     usable = [row for row in rows if row.answers and row.gold]
     if not usable:
         raise BadInput(f"{path} has no row with an answer and a gold passage")

@@ -13,7 +13,6 @@ seed gives the same items.
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 import re
@@ -24,6 +23,7 @@ from pathlib import Path
 from gist_rag.errors import BadInput
 from gist_rag.evaluate.metrics import contains
 from gist_rag.evaluate.tasks import NUM_CHOICES, Example, Task
+from gist_rag.jsonl import read_lines
 from gist_rag.sample import sample_passages
 
 FILLER_SENTENCES = 8
@@ -204,22 +204,20 @@ def _with_choices(examples: Sequence[Example], seed: int) -> list[Example]:
 
 
 def _lookups(file: Path, seed: int) -> list[Example]:
-    open_text = gzip.open if file.suffix == ".gz" else open
     chance, out = random.Random(seed), []
-    try:
-        with open_text(file, "rt", encoding="utf8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                asked = (str(row["key"]), str(row["value"]))
-                records = [(str(k), str(v)) for k, v in row["ordered_kv_records"]]
-                others = [r for r in records if r[0] != asked[0]]
-                few = chance.sample(others, min(KV_RECORDS - 1, len(others)))
-                few.insert(chance.randint(0, len(few)), asked)
-                out.append(_lookup(few, *asked))
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            f"cannot read {file} as rows of ordered_kv_records, key and value: {error}"
-        ) from error
+    for place, line in read_lines(file):
+        try:
+            row = json.loads(line)
+            asked = (str(row["key"]), str(row["value"]))
+            records = [(str(k), str(v)) for k, v in row["ordered_kv_records"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(
+                f"{place} is no row of ordered_kv_records, key and value: {error}"
+            ) from error
+        others = [r for r in records if r[0] != asked[0]]
+        few = chance.sample(others, min(KV_RECORDS - 1, len(others)))
+        few.insert(chance.randint(0, len(few)), asked)
+        out.append(_lookup(few, *asked))
     if not out:
         raise BadInput(f"{file} has no row")
     return out

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from gist_rag.errors import BadInput
+from gist_rag.jsonl import read_lines
 from gist_rag.types import Passage
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -74,17 +73,12 @@ def split(passage: Passage, max_words: int = 200, overlap: int = 0) -> list[Pass
 
 def _records(path: Path) -> Iterator[tuple[str, object]]:
     """Each record with the place where it stands."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}, line {number}", json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path}, line {number} is not JSON: {error}") from error
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise BadInput(f"cannot read {path} after line {number}: {error}") from error
+    for where, line in read_lines(path, encoding="utf-8-sig"):
+        if line.strip():
+            try:
+                yield where, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise BadInput(f"{where} is not JSON: {error}") from error
 
 
 def _passage(record: object, where: str, with_title: bool) -> Passage:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 import re
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gist_rag.errors import BadInput
+from gist_rag.jsonl import read_lines
 from gist_rag.train.config import TrainConfig
 from gist_rag.train.data import Example
 
@@ -54,16 +54,7 @@ def load_traces(path: Path | str) -> list[Example]:
     Raises:
         BadInput: no such file, no JSON, or a row without the fields.
     """
-    path = Path(path)
-    open_text = gzip.open if path.suffix == ".gz" else open
-    rows = []
-    try:
-        with open_text(path, "rt", encoding="utf8") as file:
-            for number, line in enumerate(file, 1):
-                rows.append(_parse(line, f"{path}, line {number}"))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {path}: {error}") from error
-    return rows
+    return [_parse(line, place) for place, line in read_lines(path)]
 
 
 def _parse(line: str, place: str) -> Example:
