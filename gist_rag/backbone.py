@@ -16,11 +16,11 @@ import re
 import threading
 from bisect import bisect_left
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,18 @@ class Local:
             torch.cat([t.positions for t in texts]),
             torch.cat([t.seen for t in texts]),
         )
+
+
+class Adapter(Protocol):
+    """Changes what a backbone computes while it answers; never while it encodes passages."""
+
+    def rows(self, input_ids: Tensor) -> Tensor:
+        """``(Q,)``, 1 for each token of the last text of a prompt that is read with the change."""
+        ...
+
+    def active(self, rows: Tensor | None) -> AbstractContextManager[None]:
+        """The change is in force inside, for ``rows`` ``(B, Q)``."""
+        ...
 
 
 class Backbone:
@@ -216,6 +228,15 @@ class Backbone:
                 f"the chat template of {self.name} refuses these messages: {error}"
             ) from error
         return text
+
+    @cached_property
+    def opening(self) -> str:
+        """What the chat template writes before an answer; empty without a template."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return ""
+        message = [{"role": "user", "content": "Hello"}]
+        told: str = self.tokenizer.apply_chat_template(message, tokenize=False)
+        return self.render(message)[len(told) :]
 
     @cached_property
     def shows_tools(self) -> bool:
@@ -355,6 +376,7 @@ class Backbone:
         *,
         num_logits: int = 0,
         mask: Tensor | None = None,
+        adapter: Adapter | None = None,
     ) -> Tensor:
         """Logits of texts read after a context; differentiable.
 
@@ -366,7 +388,7 @@ class Backbone:
         Returns:
             ``(B, Q or num_logits, V)``, right-aligned.
         """
-        step = self._start(context, texts)
+        step = self._start(context, texts, adapter)
         if mask is not None:
             step = replace(step, visible=mask.to(self.device))
         return self._forward(step, num_logits)
@@ -395,6 +417,7 @@ class Backbone:
         context: Context,
         texts: Sequence[Local],
         sampling: Sequence[Sampling],
+        adapter: Adapter | None = None,
     ) -> Generator[list[int | None], set[int] | None]:
         """Generate for a batch of prompts, one list of new tokens per step.
 
@@ -408,7 +431,7 @@ class Backbone:
         """
         self._check_window(texts, sampling)
         choosers = [Chooser(s, self.device, self._follower(s)) for s in sampling]
-        state = self._start(context, texts)
+        state = self._start(context, texts, adapter)
         logits = self._forward(state, 1)
         unread: list[list[int]] = []  # tokens of each step since the last forward pass
         done: set[int] = set()
@@ -487,12 +510,15 @@ class Backbone:
                 f"{self.max_positions}; retrieve fewer passages or lower max_tokens"
             )
 
-    def _start(self, context: Context, texts: Sequence[Local]) -> _Step:
+    def _start(
+        self, context: Context, texts: Sequence[Local], adapter: Adapter | None = None
+    ) -> _Step:
         """First step of a reading: prefixes and texts padded left, prefix KV in a fresh cache."""
         size, width = max(len(t.ids) for t in texts), max(len(p) for p in context.prefixes)
         ids = torch.full((len(texts), size), self._filler)
         positions, seen = torch.zeros_like(ids), torch.zeros_like(ids)
         visible = torch.ones(len(texts), width + size, dtype=torch.bool)
+        adapted = torch.zeros(ids.shape)
         for row, (prefix, text) in enumerate(zip(context.prefixes, texts, strict=True)):
             pad = size - len(text.ids)
             visible[row, : width - len(prefix)] = False
@@ -502,6 +528,8 @@ class Backbone:
                 text.positions,
                 text.seen,
             )
+            if adapter is not None:
+                adapted[row, pad:] = adapter.rows(text.ids)
         reading = None
         if context.slots is not None:
             everything = bool((seen > context.slots.order.max().cpu()).all())
@@ -512,6 +540,8 @@ class Backbone:
             None if bool(visible.all()) else visible.to(self.device),
             self._cache(context.prefixes, width),
             reading,
+            adapter,
+            adapted.to(self.device),
         )
 
     def _cache(self, prefixes: Sequence[Prefix], width: int) -> DynamicCache:
@@ -530,7 +560,7 @@ class Backbone:
             arguments["attention_mask"] = step.visible
         if step.reading is not None:
             arguments["slots"] = step.reading
-        with self.lock:
+        with self.lock, step.adapter.active(step.adapted) if step.adapter else nullcontext():
             out = self.model(
                 input_ids=step.ids,
                 position_ids=step.positions,
@@ -546,13 +576,16 @@ class Backbone:
 @dataclass(frozen=True)
 class _Step:
     """Input of one forward pass: ``ids`` and ``positions`` ``(B, Q)``; ``visible`` ``(B, K)``
-    or ``(B, 1, Q, K)`` bool over prefix and text, ``None`` for causal without padding."""
+    or ``(B, 1, Q, K)`` bool over prefix and text, ``None`` for causal without padding; ``adapted``
+    ``(B, Q)``, 1 where the adapter is in force."""
 
     ids: Tensor
     positions: Tensor
     visible: Tensor | None
     cache: DynamicCache
     reading: Reading | None
+    adapter: Adapter | None
+    adapted: Tensor
 
     def append(self, ids: Tensor) -> _Step:
         """The next step: tokens ``(B, Q)``, which see everything before them."""
@@ -561,7 +594,15 @@ class _Step:
             visible = nn.functional.pad(visible, (0, count), value=True)
         reading = None if self.reading is None else replace(self.reading, seen=None)
         ahead = torch.arange(1, count + 1, device=ids.device)
-        return _Step(ids, self.positions[:, -1:] + ahead, visible, self.cache, reading)
+        return _Step(
+            ids,
+            self.positions[:, -1:] + ahead,
+            visible,
+            self.cache,
+            reading,
+            self.adapter,
+            self.adapted[:, -1:].expand(-1, count),
+        )
 
 
 def forget(cache: DynamicCache, first: int, last: int) -> None:

@@ -39,9 +39,10 @@ from gist_rag.errors import (
     StoreWriteError,
 )
 from gist_rag.matching import PassageMatcher
-from gist_rag.models import DEFAULT_MODEL, load_model
+from gist_rag.models import DEFAULT_MODEL
 from gist_rag.priming import OnMiss, Primer
 from gist_rag.prompt import Known, Segment, Segments, Text, merge, split_messages
+from gist_rag.reader import Reader, load_backbone
 from gist_rag.store import GistStore, pack, unpack
 from gist_rag.tools import ToolFormat, tool_format, with_instruction
 from gist_rag.types import (
@@ -120,6 +121,7 @@ class GistEngine:
         codec: how gists are stored, ``"bf16"`` or ``"int8"``.
         namespace: tenant; gists of another namespace are never read.
         positions: where passages that stand side by side go, see ``compose.Positions``.
+        reader: who answers, where that is not the plain backbone; gists do not depend on it.
         batch_window_ms: how long ``generate`` waits for other threads that ask too, to answer all
             in one batch; 0 for not at all.
     """
@@ -133,9 +135,11 @@ class GistEngine:
         codec: str = "bf16",
         namespace: str = "",
         positions: Positions = "parallel",
+        reader: Reader | None = None,
         batch_window_ms: float = 5.0,
     ) -> None:
         self.backbone = backbone
+        self.reader = reader
         self.compressor = compressor
         self.codec = codec
         self.namespace = namespace
@@ -165,6 +169,7 @@ class GistEngine:
         codec: str = "bf16",
         namespace: str = "",
         positions: Positions = "parallel",
+        reader: Path | str | None = None,
         dtype: str | None = None,
         device: str | None = None,
     ) -> Self:
@@ -177,9 +182,10 @@ class GistEngine:
                 ``attention_matching``.
             ratio: tokens per slot, short for ``settings={"ratio": ...}``.
             settings: the compressor's settings, for example ``{"preset": "best"}``.
+            reader: folder of a trained reader; default: the one that belongs to ``model``, if any.
             dtype, device: see ``models.load_model``.
         """
-        backbone = Backbone(*load_model(model, dtype=dtype, device=device), name=model)
+        backbone, answers = load_backbone(model, reader, dtype=dtype, device=device)
         settings = {**(settings or {}), **({} if ratio is None else {"ratio": ratio})}
         return cls(
             backbone,
@@ -188,6 +194,7 @@ class GistEngine:
             codec=codec,
             namespace=namespace,
             positions=positions,
+            reader=answers,
         )
 
     # ---- identity
@@ -399,7 +406,8 @@ class GistEngine:
         kernels = "reference" if slots is None else choose(slots.keys)
         clock.lap("compose_ms")
         texts = [plan.text for plan in plans]
-        steps = self.backbone.decode(context, texts, [r.sampling for r in requests])
+        sampling = [r.sampling for r in requests]
+        steps = self.backbone.decode(context, texts, sampling, self.reader)
         rows = [_Row(self._decode_tokens, r.sampling) for r in requests]
         going, stopped = set(range(len(requests))), None
         with closing(steps):

@@ -8,16 +8,13 @@ with other weights than the tokens around them, which stay exactly the backbone'
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gist_rag.backbone import Backbone
@@ -80,38 +77,13 @@ class LoRA(nn.Module):
         """
         scale = self.config.alpha / max(1, self.config.rank)
         with self._lock, ExitStack() as stack:
-            for name, linear in self._linears.items():
-                hook = linear.register_forward_hook(
-                    _update(self.down[name], self.up[name], scale, rows)
-                )
-                stack.callback(hook.remove)
+            if rows is None or bool(rows.any()):
+                for name, linear in self._linears.items():
+                    hook = linear.register_forward_hook(
+                        _update(self.down[name], self.up[name], scale, rows)
+                    )
+                    stack.callback(hook.remove)
             yield
-
-    def save_peft(self, folder: Path | str, base_model: str) -> None:
-        """Write the updates as a PEFT adapter folder, which transformers and peft can load."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for name in self._linears:
-            module = "base_model.model." + name.replace("/", ".")
-            tensors[f"{module}.lora_A.weight"] = self.down[name].detach().bfloat16().contiguous()
-            tensors[f"{module}.lora_B.weight"] = self.up[name].detach().bfloat16().contiguous()
-        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-        layers = sorted({int(name.split("/")[2]) for name in self._linears})
-        document = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_model,
-            "r": self.config.rank,
-            "lora_alpha": self.config.alpha,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "target_modules": list(self.config.targets),
-            "layers_to_transform": layers,
-        }
-        (path / "adapter_config.json").write_text(json.dumps(document, indent=2) + "\n")
 
 
 def _linears(backbone: Backbone, config: LoRAConfig) -> Iterator[tuple[str, nn.Linear]]:
@@ -129,9 +101,13 @@ def _linears(backbone: Backbone, config: LoRAConfig) -> Iterator[tuple[str, nn.L
 def _update(
     down: Tensor, up: Tensor, scale: float, rows: Tensor | None
 ) -> Callable[[nn.Module, Sequence[Any], Tensor], Tensor]:
+    first = 0 if rows is None else int(rows.amax(0).argmax())  # rows before it cost nothing
+
     def hook(_module: nn.Module, inputs: Sequence[Any], output: Tensor) -> Tensor:
-        x: Tensor = inputs[0]
-        change = (x @ down.to(x.dtype).T) @ up.to(x.dtype).T * scale
-        return output + (change if rows is None else change * rows[..., None].to(x.dtype))
+        x: Tensor = inputs[0][:, first:]
+        low = x @ down.to(x.dtype).T
+        if rows is not None:
+            low = low * rows[:, first:, None].to(x.dtype)
+        return output + nn.functional.pad(low @ up.to(x.dtype).T * scale, (0, 0, first, 0))
 
     return hook

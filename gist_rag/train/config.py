@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gist_rag.compose import Positions
+from gist_rag.compressors import DEFAULT_COMPRESSOR
 from gist_rag.errors import BadInput
 from gist_rag.lora import LoRAConfig
 from gist_rag.models import DEFAULT_MODEL
@@ -27,11 +28,19 @@ class TrainConfig(BaseModel):
         ratios: compression ratios, one drawn per step.
         passages: fewest and most passages beside a question, distractors included.
         max_passage_tokens: longer passages, or questions with their thoughts, are left out.
-        text_share: how often one passage of a prompt stays text.
+        text_share: how often one passage of a prompt stays text (not for the ``reader``).
         closed_share: how often there are no passages (``reader`` only), so that the model without
             documents is a fair reference too.
         unanswerable_share: how often no passage holds the answer (``reader`` only).
+        gist_share: how often all passages are read as gists, by ``compressor`` at one of the
+            ``ratios`` (1: uncompressed), and not as text (``reader`` only).
+        compressor: of those gists.
+        invocation: where in a prompt the ``reader`` begins, see ``reader.Reader``.
+        reader: folder of the reader that teaches a compressor and reads its gists; default: the
+            one that belongs to ``model``, if there is one.
         batch_size: questions per step.
+        questions_per_context: most of them that are asked of the same passages, which are read or
+            compressed once for all of these. The files must hold such questions.
         lr: peak learning rate; gist embeddings learn ``embedding_lr_factor`` times as fast.
         warmup: share of the steps; then a cosine down to a tenth.
         weights: of loss terms, where a run differs from the method's own.
@@ -54,9 +63,14 @@ class TrainConfig(BaseModel):
     text_share: float = Field(default=0.1, ge=0, le=1)
     closed_share: float = Field(default=0.1, ge=0, le=1)
     unanswerable_share: float = Field(default=0.05, ge=0, le=1)
+    gist_share: float = Field(default=0.5, ge=0, le=1)
+    compressor: str = DEFAULT_COMPRESSOR
+    invocation: str = ""
+    reader: Path | None = None
     positions: Positions = "parallel"
     steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=8, ge=1)
+    questions_per_context: int = Field(default=1, ge=1)
     accumulate: int = Field(default=1, ge=1)
     lr: float = Field(default=2e-4, gt=0)
     embedding_lr_factor: float = Field(default=5.0, gt=0)

@@ -4,7 +4,7 @@ that was interrupted goes on exactly as it would have."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -23,23 +23,28 @@ class Example:
 
     Attributes:
         passages: texts in prompt order; perhaps none.
-        as_text: which of them stays text, or ``None``.
+        as_text: which of them are read as text.
     """
 
     question: str
     answer: str
     passages: tuple[str, ...]
-    as_text: int | None = None
+    as_text: Collection[int] = ()
 
     @property
     def gisted(self) -> list[str]:
         """The passages that are to be read as gists."""
-        return [text for i, text in enumerate(self.passages) if i != self.as_text]
+        return [text for i, text in enumerate(self.passages) if i not in self.as_text]
 
     def pieces(self, render: Callable[[list[Message]], str]) -> tuple[str, list[str | None]]:
-        """``rag_pieces`` of the prompt: ``None`` for each passage that is to be read as a gist."""
-        given = [text if i == self.as_text else None for i, text in enumerate(self.passages)]
-        return rag_pieces(self.question, given, render)
+        """``rag_pieces`` of the prompt, ``None`` for each passage that is to be read as a gist;
+        where there is no gist, the text up to the end of the passages, and the rest of it."""
+        given = [text if i in self.as_text else None for i, text in enumerate(self.passages)]
+        before, pieces = rag_pieces(self.question, given, render)
+        if pieces:
+            return before, pieces
+        _, last, rest = before.rpartition(self.passages[-1]) if self.passages else ("", "", before)
+        return before.removesuffix(rest) if last else "", [rest if last else before]
 
 
 class Examples:
@@ -68,6 +73,10 @@ class Examples:
                 f"{config.max_passage_tokens} tokens or fewer"
             )
         random.Random(config.seed).shuffle(self.questions)
+        self._about: dict[str, list[Question]] = {}
+        for question in self.questions:
+            if len(question.gold) == 1:
+                self._about.setdefault(question.gold[0], []).append(question)
 
     def batch(self, step: int) -> tuple[list[Example], float]:
         """Examples of a step, and the compression ratio it is to use.
@@ -77,11 +86,21 @@ class Examples:
         chance = random.Random(f"{self.config.seed}-{step}")
         count = chance.randint(*self.config.passages)
         ratio = chance.choice(self.config.ratios)
-        first = step * self.config.batch_size
-        rows = [
-            self.questions[(first + i) % len(self.questions)] for i in range(self.config.batch_size)
-        ]
-        return [self._example(row, count, chance) for row in rows], ratio
+        contexts = max(1, self.config.batch_size // self.config.questions_per_context)
+        batch: list[Example] = []
+        for i in range(contexts):
+            question = self.questions[(step * contexts + i) % len(self.questions)]
+            example = self._example(question, count, chance)
+            batch += example, *self._beside(example, chance)
+        return batch, ratio
+
+    def _beside(self, example: Example, chance: random.Random) -> list[Example]:
+        """Other questions that the same passages answer."""
+        others = [q for text in example.passages for q in self._about.get(text, ())]
+        others = [q for q in others if q.text != example.question]
+        chance.shuffle(others)
+        chosen = others[: self.config.questions_per_context - 1]
+        return [replace(example, question=q.text, answer=q.answers[0]) for q in chosen]
 
     def _example(self, question: Question, count: int, chance: random.Random) -> Example:
         config, kind = self.config, chance.random()
@@ -92,13 +111,20 @@ class Examples:
         texts = [] if unanswerable else list(question.gold)[:count]
         texts += self._distractors(question, count - len(texts), chance)
         chance.shuffle(texts)
-        stays = not for_reader and count > 1 and kind < config.text_share
         return Example(
             question.text,
             UNANSWERABLE if unanswerable else question.answers[0],
             tuple(texts),
-            chance.randrange(count) if stays else None,
+            self._as_text(count, chance),
         )
+
+    def _as_text(self, count: int, chance: random.Random) -> Collection[int]:
+        """Which of so many passages are read as text."""
+        config = self.config
+        if config.method == READER:
+            return () if chance.random() < config.gist_share else range(count)
+        stays = count > 1 and chance.random() < config.text_share
+        return (chance.randrange(count),) if stays else ()
 
     def _distractors(self, question: Question, wanted: int, chance: random.Random) -> list[str]:
         """Passages of the question's own row first, then gold passages of other questions."""

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gist_rag.backbone import Backbone
 from gist_rag.errors import BadInput, MissingExtra, NotANumber
-from gist_rag.models import load_model
+from gist_rag.reader import load_backbone
 from gist_rag.train.config import TrainConfig
 from gist_rag.train.data import Examples
 from gist_rag.train.students import Student, make_student
@@ -75,12 +74,10 @@ def train(config: TrainConfig, report: Callable[[Report], None] | None = None) -
     )
     set_seed(config.seed)
     device = config.device or str(accelerator.device)
-    backbone = Backbone(
-        *load_model(config.model, dtype=config.dtype, device=device), name=config.model
-    )
+    backbone, reader = load_backbone(config.model, config.reader, dtype=config.dtype, device=device)
     supply = Traces if config.task == "thoughts" else Examples
     examples = supply(config, lambda text: len(backbone.tokenize(text)))
-    student = make_student(backbone, config)
+    student = make_student(backbone, config, reader)
     optimiser = torch.optim.AdamW(student.groups(), weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _cosine(config))
     model, optimiser = accelerator.prepare(student, optimiser)

@@ -2,7 +2,7 @@
 
 GistStudent     compress > compose > read; the teacher is the same model reading the text
 ThoughtStudent  one pass over prompt and thoughts, earlier ones seen by their gists only
-ReaderStudent   read the text; there is no teacher but the answer
+ReaderStudent   read text or finished gists; there is no teacher but the answer
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gist_rag.backbone import Backbone, Context, Local
+from gist_rag.backbone import Backbone, Context
 from gist_rag.compose import arrange, compose
 from gist_rag.compressors import Compressor, make_compressor
 from gist_rag.compressors.base import Lesson
 from gist_rag.errors import BadInput
-from gist_rag.lora import LoRA
 from gist_rag.losses import cross_entropy
-from gist_rag.prompt import rag_messages
+from gist_rag.reader import Reader
 from gist_rag.train.config import READER, TrainConfig
 from gist_rag.train.data import Example
 from gist_rag.train.traces import THOUGHT_END
@@ -32,12 +31,17 @@ from gist_rag.types import GistState, Message
 class Student(nn.Module):
     """Something with parameters that can be taught."""
 
-    def __init__(self, backbone: Backbone, config: TrainConfig) -> None:
+    def __init__(
+        self, backbone: Backbone, config: TrainConfig, reader: Reader | None = None
+    ) -> None:
         super().__init__()
         self.config = config
-        object.__setattr__(self, "backbone", backbone)  # borrowed: no submodule
+        object.__setattr__(self, "backbone", backbone)  # borrowed: no submodules
+        object.__setattr__(self, "reader", reader)
+        self._prefix = lru_cache(maxsize=16)(lambda text: backbone.prefix(backbone.tokenize(text)))
 
     backbone: Backbone
+    reader: Reader | None
 
     def forward(self, examples: Sequence[Example], ratio: float) -> dict[str, Tensor]:
         """Weighted loss terms of a batch; their sum is what is minimised."""
@@ -53,7 +57,7 @@ class Student(nn.Module):
 
     def count(self, examples: Sequence[Example]) -> int:
         """Tokens of passages, questions and answers, each once."""
-        texts = [text for e in examples for text in (*e.passages, e.question, e.answer)]
+        texts = {text for e in examples for text in (*e.passages, e.question, e.answer)}
         return sum(len(self.backbone.tokenize(text)) for text in texts)
 
     def _answer(self, example: Example) -> Tensor:
@@ -62,45 +66,64 @@ class Student(nn.Module):
         end = torch.tensor([min(backbone.stop_ids)])
         return torch.cat((backbone.tokenize(example.answer), end))
 
-    def _read_text(self, examples: Sequence[Example], answers: Sequence[Tensor]) -> Tensor:
-        """Logits ``(N, V)`` of the answers' tokens after the full text."""
+    def _read(
+        self,
+        examples: Sequence[Example],
+        answers: Sequence[Tensor],
+        states: Mapping[str, GistState] | None = None,
+    ) -> Tensor:
+        """Logits ``(N, V)`` of the answers' tokens after prompts whose passages are texts or gists.
+
+        What a prompt starts with is read without gradient: no parameter of ours reaches it.
+
+        Args:
+            states: gists by the text of their passage, of all passages that are not read as text.
+        """
         backbone = self.backbone
-        nothing = [backbone.prefix(torch.empty(0, dtype=torch.long))] * len(examples)
-        texts = []
+        prefixes, placed, texts = [], [], []
         for example, answer in zip(examples, answers, strict=True):
-            prompt = backbone.render(rag_messages(example.question, example.passages))
-            ids = torch.cat((backbone.tokenize(prompt), answer[:-1]))
-            texts.append(Local.after(ids, 0, 0))
-        return _answer_rows(backbone, Context(nothing, None), texts, answers)
+            before, pieces = example.pieces(backbone.render)
+            prefixes.append(self._prefix(before))
+            gists = iter([(states or {})[text] for text in example.gisted])
+            following = [next(gists) if p is None else backbone.tokenize(p) for p in pieces]
+            row, text = arrange([*following, answer[:-1]], len(prefixes[-1]), self.config.positions)
+            placed.append(row)
+            texts.append(text)
+        longest = max(map(len, answers))  # only these rows go through the vocabulary
+        context = Context(prefixes, compose(placed, backbone))
+        logits = backbone.read(context, texts, num_logits=longest, adapter=self.reader)
+        return torch.cat([row[longest - len(a) :] for row, a in zip(logits, answers, strict=True)])
 
 
 class GistStudent(Student):
     """A compressor that learns to write gists which read as the text does."""
 
-    def __init__(self, backbone: Backbone, config: TrainConfig) -> None:
-        super().__init__(backbone, config)
+    def __init__(
+        self, backbone: Backbone, config: TrainConfig, reader: Reader | None = None
+    ) -> None:
+        super().__init__(backbone, config, reader)
         settings = {"ratio": config.ratios[0], **config.settings}
         self.compressor: Compressor = make_compressor(config.method, backbone, settings)
         if not list(self.compressor.parameters()):
             raise BadInput(f"{config.method} has nothing to train")
         self.weights = {**self.compressor.loss_weights, **config.weights}
-        self._prefix = lru_cache(maxsize=16)(lambda text: backbone.prefix(backbone.tokenize(text)))
 
     def forward(self, examples: Sequence[Example], ratio: float) -> dict[str, Tensor]:
         compressor, backbone = self.compressor, self.backbone
         answers = [self._answer(e) for e in examples]
         closed: Tensor | None = None
         with torch.no_grad():
-            teacher = self._read_text(examples, answers)
+            as_text = [replace(e, as_text=range(len(e.passages))) for e in examples]
+            teacher = self._read(as_text, answers)
             if compressor.reads_closed:
-                alone = [replace(e, passages=(), as_text=None) for e in examples]
-                closed = self._read_text(alone, answers)
+                closed = self._read([replace(e, passages=()) for e in examples], answers)
 
         compressor.set_ratio(ratio)
-        passages = [backbone.tokenize(text) for e in examples for text in e.gisted]
+        texts = list(dict.fromkeys(text for e in examples for text in e.gisted))
+        passages = [backbone.tokenize(text) for text in texts]
         hidden = compressor.encode(passages)
         states = compressor.distil(hidden, passages)
-        student = self._read_gists(examples, answers, states)
+        student = self._read(examples, answers, dict(zip(texts, states, strict=True)))
 
         device = student.device
         return _weighted(
@@ -118,21 +141,6 @@ class GistStudent(Student):
             ),
             self.weights,
         )
-
-    def _read_gists(
-        self, examples: Sequence[Example], answers: Sequence[Tensor], states: Sequence[GistState]
-    ) -> Tensor:
-        """Logits ``(N, V)`` of the answers' tokens after the gists."""
-        backbone, rest = self.backbone, iter(states)
-        prefixes, placed, texts = [], [], []
-        for example, answer in zip(examples, answers, strict=True):
-            before, pieces = example.pieces(backbone.render)
-            prefixes.append(self._prefix(before))
-            following = [next(rest) if p is None else backbone.tokenize(p) for p in pieces]
-            row, text = arrange([*following, answer[:-1]], len(prefixes[-1]), self.config.positions)
-            placed.append(row)
-            texts.append(text)
-        return _answer_rows(backbone, Context(prefixes, compose(placed, backbone)), texts, answers)
 
     def groups(self) -> list[dict[str, object]]:
         embeddings = {id(self.compressor.embeddings())}
@@ -155,8 +163,10 @@ class ThoughtStudent(GistStudent):
     as it will be told: from the prompt, what is kept of earlier thoughts, and its own.
     """
 
-    def __init__(self, backbone: Backbone, config: TrainConfig) -> None:
-        super().__init__(backbone, config)
+    def __init__(
+        self, backbone: Backbone, config: TrainConfig, reader: Reader | None = None
+    ) -> None:
+        super().__init__(backbone, config, reader)
         self.compressor.trace_layout(1, [2])  # refuses now, not at the first step
         self.weights = {"lm": 1.0, **config.weights}
 
@@ -184,16 +194,29 @@ class ThoughtStudent(GistStudent):
 
 
 class ReaderStudent(Student):
-    """A LoRA that learns to answer from text; saved as a PEFT adapter."""
+    """A reader that learns to answer, from text and from gists that others have made."""
+
+    reader: Reader
 
     def __init__(self, backbone: Backbone, config: TrainConfig) -> None:
-        super().__init__(backbone, config)
-        self.lora = LoRA(backbone, config.lora)
+        reader = Reader(backbone, config.lora, config.invocation)
+        super().__init__(backbone, config, reader)
+        self.lora = reader
+        self._compressors = {
+            ratio: make_compressor("full", backbone)
+            if ratio == 1
+            else make_compressor(config.compressor, backbone, {"ratio": ratio, **config.settings})
+            for ratio in config.ratios
+        }
 
     def forward(self, examples: Sequence[Example], ratio: float) -> dict[str, Tensor]:
         answers = [self._answer(e) for e in examples]
-        with self.lora.active():
-            logits = self._read_text(examples, answers)
+        texts = list(dict.fromkeys(text for e in examples for text in e.gisted))
+        states: Sequence[GistState] = ()
+        if texts:
+            with torch.no_grad():
+                states = self._compressors[ratio].compress([*map(self.backbone.tokenize, texts)])
+        logits = self._read(examples, answers, dict(zip(texts, states, strict=True)))
         losses = cross_entropy(logits, torch.cat(answers).to(logits.device))
         return {"ce": (losses * _equal_weights(answers).to(logits.device)).sum()}
 
@@ -201,26 +224,14 @@ class ReaderStudent(Student):
         return [{"params": list(self.lora.parameters()), "lr": self.config.lr}]
 
     def save(self, folder: Path) -> None:
-        self.lora.save_peft(folder, self.config.model)
+        self.reader.save_pretrained(folder)
 
 
-def make_student(backbone: Backbone, config: TrainConfig) -> Student:
-    """Who learns in a run."""
+def make_student(backbone: Backbone, config: TrainConfig, reader: Reader | None = None) -> Student:
+    """Who learns in a run; ``reader`` is who reads its gists, and who teaches."""
     if config.method == READER:
         return ReaderStudent(backbone, config)
-    return (ThoughtStudent if config.task == "thoughts" else GistStudent)(backbone, config)
-
-
-def _answer_rows(
-    backbone: Backbone, context: Context, texts: Sequence[Local], answers: Sequence[Tensor]
-) -> Tensor:
-    """Logits ``(N, V)`` that predict the answers with which the texts end (all but the last token).
-
-    Only these rows go through the vocabulary.
-    """
-    longest = max(map(len, answers))
-    logits = backbone.read(context, texts, num_logits=longest)  # right-aligned
-    return torch.cat([row[longest - len(a) :] for row, a in zip(logits, answers, strict=True)])
+    return (ThoughtStudent if config.task == "thoughts" else GistStudent)(backbone, config, reader)
 
 
 def _equal_weights(answers: Sequence[Tensor]) -> Tensor:
