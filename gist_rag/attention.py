@@ -31,6 +31,11 @@ MANY = 10
 """Entries from which on a bank is read with a temperature of its own."""
 
 
+def kernels_of(slots: Slots) -> str:
+    """What reads these slots: ``triton`` or ``reference``."""
+    return "reference" if slots.bank is not None else choose(slots.keys)
+
+
 @dataclass(frozen=True)
 class Reading:
     """What one forward pass reads besides its own tokens.
@@ -48,8 +53,8 @@ class Reading:
     @classmethod
     def of(cls, slots: Slots, seen: Tensor | None) -> Self:
         """Made once for all layers and all tokens of an answer."""
-        kernel = slots.bank is None and choose(slots.keys) == "triton"
-        return cls(slots, seen, plan_layers(slots.starts, slots.lengths) if kernel else ())
+        split = kernels_of(slots) == "triton"
+        return cls(slots, seen, plan_layers(slots.starts, slots.lengths) if split else ())
 
 
 def attend(

@@ -453,6 +453,22 @@ class Backbone:
                 return
             unread.append([self._filler if token is None else token for token in tokens])
 
+    def write(
+        self,
+        context: Context,
+        texts: Sequence[Local],
+        max_tokens: int,
+        adapter: Adapter | None = None,
+    ) -> list[str]:
+        """What is decoded greedily, one text per prompt; arguments as in ``decode``."""
+        written: list[list[int]] = [[] for _ in texts]
+        sampling = [Sampling(max_tokens=max_tokens)] * len(texts)
+        for step in self.decode(context, texts, sampling, adapter):
+            for tokens, token in zip(written, step, strict=True):
+                if token is not None:
+                    tokens.append(token)
+        return [str(self.tokenizer.decode(t, skip_special_tokens=True)) for t in written]
+
     def extend(
         self,
         cache: DynamicCache,

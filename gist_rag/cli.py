@@ -61,6 +61,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
 Model = Annotated[str, typer.Option(help="Alias, local folder or Hugging Face id.")]
 Method = Annotated[str, typer.Option(help="Name of a method, or folder of a trained compressor.")]
+ReaderFolder = Annotated[
+    str | None, typer.Option("--reader", help="Who answers: alias or folder of a trained reader.")
+]
 Dtype = Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16, float16.")]
 Ratio = Annotated[float | None, typer.Option(help="Tokens per kept slot.")]
 Preset = Annotated[str | None, typer.Option(help="fast, balanced, thorough or best.")]
@@ -142,6 +145,7 @@ def ask(
     namespace: Annotated[
         str | None, typer.Option(help="Whose gists, where a store has several namespaces.")
     ] = None,
+    reader: ReaderFolder = None,
     as_json: Json = False,
 ) -> None:
     """Answer a question from a store that precompute made."""
@@ -150,7 +154,7 @@ def ask(
         from gist_rag.types import Sampling
 
         with _loading("the model of the store"):
-            rag = GistRAG.open(store, namespace=namespace)
+            rag = GistRAG.open(store, namespace=namespace, reader=reader)
         with rag:
             found = rag.search(question, k)
             passages = [f.passage for f in found]
@@ -231,6 +235,7 @@ def evaluate(
     preset: Preset = None,
     refine_steps: RefineSteps = None,
     positions: Annotated[str, typer.Option(help="parallel or sequence.")] = "parallel",
+    reader: ReaderFolder = None,
     dtype: Dtype = None,
 ) -> None:
     """Score a compressor on questions, beside full text and controls."""
@@ -254,6 +259,7 @@ def evaluate(
             "settings": _given(preset=preset, refine_steps=refine_steps),
             "arms": tuple(filter(None, arms.split(","))),
             "positions": positions,
+            "reader": reader,
             "dtype": dtype,
         }
         try:
@@ -286,6 +292,7 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of data order and initial weights.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda.")] = None,
+    reader: ReaderFolder = None,
     dtype: Dtype = None,
 ) -> None:
     """Train a compressor, or the reader. Run again, it goes on where it was stopped."""
@@ -306,6 +313,7 @@ def train(
             lr=lr,
             seed=seed,
             device=device,
+            reader=reader,
             dtype=dtype,
         )
         settings = TrainConfig.read((_yaml(config) if config else {}) | given)

@@ -24,9 +24,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from gist_rag.attention import kernels_of
 from gist_rag.backbone import Backbone, Context, Local, Prefix
 from gist_rag.batching import Batcher
-from gist_rag.compose import Placed, Positions, compose, place
+from gist_rag.compose import Placed, Positions, arrange, compose, place
 from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.compressors.full import Full
 from gist_rag.detokenize import TextStream
@@ -55,7 +56,6 @@ from gist_rag.types import (
     Sampling,
     Stats,
 )
-from gist_rag_kernels import choose
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class GistEngine:
                 ``attention_matching``.
             ratio: tokens per slot, short for ``settings={"ratio": ...}``.
             settings: the compressor's settings, for example ``{"preset": "best"}``.
-            reader: folder of a trained reader; default: the one that belongs to ``model``, if any.
+            reader: alias or folder of a trained reader; default: the one that belongs to ``model``.
             dtype, device: see ``models.load_model``.
         """
         backbone, answers = load_backbone(model, reader, dtype=dtype, device=device)
@@ -403,7 +403,7 @@ class GistEngine:
         prefixes = [self._prefix(plan.prefix) for plan in plans]
         slots = compose([plan.placed for plan in plans], self.backbone)
         context = Context(prefixes, slots)
-        kernels = "reference" if slots is None else choose(slots.keys)
+        kernels = "reference" if slots is None else kernels_of(slots)
         clock.lap("compose_ms")
         texts = [plan.text for plan in plans]
         sampling = [r.sampling for r in requests]
@@ -533,17 +533,14 @@ class GistEngine:
         """
         first = next((i for i, s in enumerate(segments) if isinstance(s, Known)), 0)
         prefix = self.backbone.tokenize("".join(s.text for s in segments[:first]))
-        position = len(prefix)
-        placed: list[Placed] = []
-        passages: list[Passage] = []
-        texts: list[Local] = []
-        for group, text in _side_by_side(segments[first:]):
-            side, position = place([states[k.content] for k in group], position, self.positions)
-            placed += side
-            passages += [self._passage(k) for k in group]
-            texts.append(Local.after(self.backbone.tokenize(text), position, len(placed)))
-            position += len(texts[-1].ids)
-        return _Plan(prefix, placed, passages, Local.join(texts))
+        following = _without_gaps(segments[first:])
+        pieces = [
+            states[s.content] if isinstance(s, Known) else self.backbone.tokenize(s.text)
+            for s in following
+        ]
+        placed, text = arrange(pieces, len(prefix), self.positions)
+        passages = [self._passage(s) for s in following if isinstance(s, Known)]
+        return _Plan(prefix, placed, passages, text)
 
     def _passage(self, known: Known) -> Passage:
         return self.store.passage(known.content) or Passage(known.text)
@@ -713,12 +710,12 @@ def _split_text(prompt: str, matches: Sequence[Any]) -> list[Segment]:
     return merge([*segments, Text(prompt[at:])])
 
 
-def _side_by_side(segments: Sequence[Segment]) -> Iterator[tuple[list[Known], str]]:
-    """Groups of passages with nothing but whitespace between them, each with the text after it."""
-    group: list[Known] = []
-    for segment, following in zip(segments, [*segments[1:], None], strict=True):
-        if isinstance(segment, Known):
-            group.append(segment)
-        elif not (group and isinstance(following, Known) and not segment.text.strip()):
-            yield group, segment.text
-            group = []
+def _without_gaps(segments: Sequence[Segment]) -> list[Segment]:
+    """Without what stands between neighbouring passages, where that is whitespace."""
+    kept = []
+    for i, segment in enumerate(segments):
+        beside = segments[max(0, i - 1) : i + 2 : 2]
+        between = len(beside) == 2 and all(isinstance(s, Known) for s in beside)
+        if isinstance(segment, Known) or segment.text.strip() or not between:
+            kept.append(segment)
+    return kept

@@ -178,6 +178,12 @@ def rag_pieces(
     return first, pieces
 
 
+def framing(request: str, render: Callable[[list[Message]], str]) -> tuple[str, str]:
+    """What a chat template puts before a passage, and after it with a request about it."""
+    before, after = render([{"role": "user", "content": MARK + request}]).split(MARK)
+    return before, after
+
+
 class _Markers:
     """Marks passages with a nonce that no user can foresee, and finds them after rendering.
 

@@ -65,6 +65,7 @@ class GistRAG:
         model: str | None = None,
         compressor: str | Path | None = None,
         embedder: Embedder | None = None,
+        reader: str | Path | None = None,
         dtype: str | None = None,
         device: str | None = None,
     ) -> Self:
@@ -76,6 +77,7 @@ class GistRAG:
             model: where the model is to be found now, if not under its old name.
             compressor: folder of a trained compressor.
             embedder: default the one the index was made with.
+            reader: alias or folder of who answers, see ``GistEngine.from_pretrained``.
             dtype, device: see ``models.load_model``.
 
         Raises:
@@ -90,7 +92,8 @@ class GistRAG:
             index = VectorIndex.load(index_folder(opened, space))
             embedder = embedder or named_embedder(index.embedder)
             check_index(index, opened, space)
-            engine = _reopen(opened, description, model, compressor, dtype=dtype, device=device)
+            options = {"reader": reader, "dtype": dtype, "device": device}
+            engine = _reopen(opened, description, model, compressor, **options)
             if engine.space != space:
                 raise SpaceMismatch(
                     f"the gists in {opened.path} were made by {description['model']} with "
@@ -282,9 +285,7 @@ def _reopen(
     description: Mapping[str, Any],
     model: str | None,
     compressor: str | Path | None,
-    *,
-    dtype: str | None,
-    device: str | None,
+    **options: Any,
 ) -> GistEngine:
     """An engine as ``GistEngine.describe`` described it."""
     return GistEngine.from_pretrained(
@@ -294,6 +295,5 @@ def _reopen(
         settings=None if compressor else description["settings"],
         codec=description["codec"],
         namespace=description["namespace"],
-        dtype=dtype,
-        device=device,
+        **options,
     )

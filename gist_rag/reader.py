@@ -137,12 +137,14 @@ def load_backbone(
 
     Args:
         model, dtype, device: see ``models.load_model``.
-        reader: folder of a reader.
+        reader: alias or folder of a reader.
     """
     backbone = Backbone(*load_model(model, dtype=dtype, device=device), name=model)
-    if reader is None and model in READERS:
-        reader = Path(__file__).with_name("data") / model
-    return backbone, None if reader is None else Reader.from_pretrained(reader, backbone)
+    reader = reader or (model if model in READERS else None)
+    if reader is None:
+        return backbone, None
+    shipped = Path(__file__).with_name("data") / str(reader)
+    return backbone, Reader.from_pretrained(shipped if reader in READERS else reader, backbone)
 
 
 def _key(name: str, letter: str) -> str:

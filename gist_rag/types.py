@@ -168,6 +168,18 @@ class GistState:
         index = torch.arange(len(self.rows) - 1, device=self.rows.device)
         return index.repeat_interleave(self.lengths.long())
 
+    def select(self, keep: Tensor) -> GistState:
+        """Some of the slots: ``(M,)`` bool."""
+        lengths = torch.bincount(self.row_of_slot()[keep], minlength=len(self.rows) - 1)
+        return replace(
+            self,
+            keys=self.keys[keep],
+            values=self.values[keep],
+            bias=self.bias[keep],
+            offsets=self.offsets[keep],
+            rows=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+        )
+
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values ``(L, H, Nmax, D)`` and bias ``(L, H, Nmax)``, ``-inf`` on padding."""
         row, lengths = self.row_of_slot(), self.lengths.long()

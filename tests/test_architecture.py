@@ -121,6 +121,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
         8,
         frozenset(
             {
+                "gist_rag.attention",
                 "gist_rag.backbone",
                 "gist_rag.batching",
                 "gist_rag.compose",
@@ -135,7 +136,6 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.store",
                 "gist_rag.tools",
                 "gist_rag.types",
-                "gist_rag_kernels",
             }
         ),
     ),

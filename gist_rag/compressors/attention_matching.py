@@ -14,9 +14,9 @@ from torch import Tensor
 
 from gist_rag.backbone import Context, Local, Prefix
 from gist_rag.compose import Placed, compose
-from gist_rag.compressors.base import Compressor, CompressorConfig
+from gist_rag.compressors.base import Compressor, CompressorConfig, best_slots
 from gist_rag.losses import distill
-from gist_rag.prompt import MARK
+from gist_rag.prompt import framing
 from gist_rag.types import GistState
 from gist_rag_kernels import rotate
 
@@ -131,19 +131,14 @@ class AttentionMatching(Compressor):
         )
 
     @cached_property
-    def _framing(self) -> tuple[str, str]:
-        """What the chat template puts before the passage, and the request to repeat it after."""
-        prompt = self.backbone.render([{"role": "user", "content": MARK + REPEAT}])
-        before, after = prompt.split(MARK)
-        return before, after
-
-    @cached_property
     def _prefix(self) -> Prefix:
-        return self.backbone.prefix(self.backbone.tokenize(self._framing[0]))
+        before, _ = framing(REPEAT, self.backbone.render)
+        return self.backbone.prefix(self.backbone.tokenize(before))
 
     @cached_property
     def _question(self) -> Tensor:
-        return self.backbone.tokenize(self._framing[1])
+        _, after = framing(REPEAT, self.backbone.render)
+        return self.backbone.tokenize(after)
 
     def _context(self, states: Sequence[GistState]) -> Context:
         """Each state alone after the prefix."""
@@ -163,7 +158,8 @@ class AttentionMatching(Compressor):
             x.flatten(0, 1).float() for x in (self._prefix.keys, self._prefix.values)
         )
         scores, share = score(queries, prefix_keys, keys, scaling, self.config.score)
-        keep = self._select(scores)
+        pools = {"global": 1, "layer": self.backbone.num_layers, "head": len(scores)}
+        keep = best_slots(scores, self.config.ratio, pools[self.config.budget])
         plain = full.keys.float().view_as(keys)  # before RoPE
         values = full.values.float().view_as(keys)
         kept = Kept(plain[keep], values[keep], full.bias.new_zeros(int(keep.sum())))
@@ -180,21 +176,11 @@ class AttentionMatching(Compressor):
             rotary = self.backbone.rotary(offsets + len(self._prefix))
             kept = refine(kept, keep, target, rotary, self.config.steps, self.config.lr)
         return replace(
-            full,
+            full.select(keep.flatten()),
             keys=kept.keys.to(full.keys.dtype),
             values=kept.values,
             bias=kept.bias,
-            offsets=offsets.to(torch.int32),
-            rows=torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).to(torch.int32),
         )
-
-    def _select(self, scores: Tensor) -> Tensor:
-        """Which of the slots ``(L * H, T)`` to keep: the best of those that share a budget."""
-        pools = {"global": 1, "layer": self.backbone.num_layers, "head": len(scores)}
-        flat = scores.reshape(pools[self.config.budget], -1)
-        budget = min(max(1, round(flat.shape[1] / self.config.ratio)), flat.shape[1])
-        keep = torch.zeros_like(flat, dtype=torch.bool)
-        return keep.scatter_(1, flat.topk(budget).indices, True).view_as(scores)
 
     def _imitate(self, states: list[GistState], repeat: _Repeat) -> list[GistState]:
         """Refine through the model: repeat the passage from the slots as from the whole KV."""

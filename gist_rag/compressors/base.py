@@ -27,8 +27,8 @@ from gist_rag.errors import BadInput, PassageTooLong, UnknownCompressor
 from gist_rag.layout import Layout
 from gist_rag.lora import LoRA, LoRAConfig
 from gist_rag.losses import cross_entropy, distill
-from gist_rag.prompt import MARK
-from gist_rag.types import GistState, Sampling
+from gist_rag.prompt import framing
+from gist_rag.types import GistState
 
 FORMAT = 1
 WRITE = "\n\nWrite down in short what the text above says."
@@ -250,18 +250,12 @@ class Compressor(nn.Module):
         """Each state in words, for models that can only be talked to: what the plain reader writes,
         greedily, when it is asked to write down the text that it reads as gists."""
         backbone = self.backbone
-        before, after = backbone.render([{"role": "user", "content": MARK + WRITE}]).split(MARK)
+        before, after = framing(WRITE, backbone.render)
         prefix, request = backbone.prefix(backbone.tokenize(before)), backbone.tokenize(after)
         placed = [Placed(state, len(prefix)) for state in states]
         context = Context([prefix] * len(states), compose([[p] for p in placed], backbone))
         texts = [Local.after(request, p.start + p.state.span, 1) for p in placed]
-        written: list[list[int]] = [[] for _ in states]
-        for step in backbone.decode(context, texts, [Sampling(max_tokens=max_tokens)] * len(texts)):
-            for tokens, token in zip(written, step, strict=True):
-                if token is not None:
-                    tokens.append(token)
-        decode = backbone.tokenizer.decode
-        return [str(decode(tokens, skip_special_tokens=True)).strip() for tokens in written]
+        return [text.strip() for text in backbone.write(context, texts, max_tokens)]
 
     def language_loss(
         self,
@@ -386,6 +380,23 @@ class TrainedCompressor(Compressor):
 
     def adapted(self, rows: Tensor | None = None) -> AbstractContextManager[None]:
         return self.lora.active(rows if self.config.adapt == "gists" else None)
+
+
+def best_slots(scores: Tensor, ratio: float, pools: int) -> Tensor:
+    """The best of the slots that share a budget.
+
+    Args:
+        scores: ``(L * H, T)``.
+        ratio: tokens per kept slot, on average over those that share.
+        pools: budgets: 1 for one that all share, ``L`` for one per layer, ``L * H`` per head.
+
+    Returns:
+        ``(L * H, T)`` bool.
+    """
+    flat = scores.reshape(pools, -1)
+    budget = min(max(1, round(flat.shape[1] / ratio)), flat.shape[1])
+    keep = torch.zeros_like(flat, dtype=torch.bool)
+    return keep.scatter_(1, flat.topk(budget).indices, True).view_as(scores)
 
 
 def read_document(folder: Path | str) -> dict[str, Any]:

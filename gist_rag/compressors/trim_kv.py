@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from gist_rag.backbone import Backbone
-from gist_rag.compressors.base import Compressor, CompressorConfig, Lesson
+from gist_rag.compressors.base import Compressor, CompressorConfig, Lesson, best_slots
 from gist_rag.errors import BadInput, ContextOverflow
 from gist_rag.layout import Layout
 from gist_rag.losses import capacity
@@ -80,23 +80,8 @@ class TrimKV(Compressor):
         decay = self.gates(self.backbone.normed(hidden[:-1])).flatten(0, 1) * age  # (L * H, T)
         if decay.requires_grad:
             return replace(full, bias=decay.flatten())
-        keep = self._best(decay)
-        flat = keep.flatten()
-        return replace(
-            full,
-            keys=full.keys[flat],
-            values=full.values[flat],
-            bias=full.bias[flat],
-            offsets=full.offsets[flat],
-            rows=nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).to(torch.int32),
-        )
-
-    def _best(self, scores: Tensor) -> Tensor:
-        """Which of the tokens ``(L * H, T)`` to keep."""
-        pools = scores if self.config.budget == "head" else scores.reshape(1, -1)
-        count = max(1, round(pools.shape[1] / self.config.ratio))
-        keep = torch.zeros_like(pools, dtype=torch.bool)
-        return keep.scatter_(1, pools.topk(count).indices, True).view_as(scores)
+        pools = len(decay) if self.config.budget == "head" else 1
+        return full.select(best_slots(decay, self.config.ratio, pools).flatten())
 
     def losses(self, lesson: Lesson) -> dict[str, Tensor]:
         over = []

@@ -31,7 +31,7 @@ from gist_rag.evaluate.tasks import Example, Task, load_task
 from gist_rag.models import DEFAULT_MODEL
 from gist_rag.prompt import rag_messages, rag_pieces
 from gist_rag.reader import Reader, load_backbone
-from gist_rag.types import GistState, Sampling
+from gist_rag.types import GistState
 
 TEXT_ARMS = ("closed", "full", "truncated")
 GROUP = 16
@@ -51,7 +51,7 @@ class EvaluateConfig(BaseModel):
     limit: int = Field(default=100, ge=1)
     seed: int = 0
     model: str = DEFAULT_MODEL
-    reader: Path | None = None
+    reader: str | None = None
     dtype: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     arms: tuple[str, ...] = ()
@@ -257,15 +257,9 @@ def _predict(
     """Scores and greedy answers of a group of questions in one arm."""
     slots = compose([r.placed for r in readings], backbone)
     context = Context([r.prefix for r in readings], slots)
-    sampling = [Sampling(max_tokens=task.new_tokens)] * len(readings)
-    tokens: list[list[int]] = [[] for _ in readings]
-    for step in backbone.decode(context, [r.text for r in readings], sampling, reader):
-        for row, token in zip(tokens, step, strict=True):
-            if token is not None:
-                row.append(token)
+    answers = backbone.write(context, [r.text for r in readings], task.new_tokens, reader)
     out = []
-    for example, reading, answer_ids in zip(examples, readings, tokens, strict=True):
-        answer = backbone.tokenizer.decode(answer_ids, skip_special_tokens=True)
+    for example, reading, answer in zip(examples, readings, answers, strict=True):
         losses = answer_losses(backbone, reading, (example.answers[0], *example.choices), reader)
         out.append(
             {

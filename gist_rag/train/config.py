@@ -36,8 +36,8 @@ class TrainConfig(BaseModel):
             ``ratios`` (1: uncompressed), and not as text (``reader`` only).
         compressor: of those gists.
         invocation: where in a prompt the ``reader`` begins, see ``reader.Reader``.
-        reader: folder of the reader that teaches a compressor and reads its gists; default: the
-            one that belongs to ``model``, if there is one.
+        reader: alias or folder of the reader that teaches a compressor and reads its gists;
+            default: the one that belongs to ``model``, if there is one.
         batch_size: questions per step.
         questions_per_context: most of them that are asked of the same passages, which are read or
             compressed once for all of these. The files must hold such questions.
@@ -66,7 +66,7 @@ class TrainConfig(BaseModel):
     gist_share: float = Field(default=0.5, ge=0, le=1)
     compressor: str = DEFAULT_COMPRESSOR
     invocation: str = ""
-    reader: Path | None = None
+    reader: str | None = None
     positions: Positions = "parallel"
     steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=8, ge=1)

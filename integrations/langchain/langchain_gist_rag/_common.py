@@ -37,6 +37,7 @@ _NAMES_ENGINE = (
     "settings",
     "codec",
     "namespace",
+    "reader",
     "dtype",
     "device",
 )
@@ -99,6 +100,8 @@ class GistModel(BaseLanguageModel[Any], ABC):
     """How gists are stored."""
     namespace: str = ""
     """Tenant; gists of another namespace are never read."""
+    reader: str | Path | None = None
+    """Alias or folder of a trained reader, who answers in place of the plain model."""
     dtype: str | None = None
     """Of the model's weights, for example ``"bfloat16"``."""
     device: str | None = None

@@ -94,6 +94,9 @@ class GistLLM(FunctionCallingLLM):
     namespace: str = Field(
         default="", description="Tenant; gists of another namespace are never read."
     )
+    reader: str | None = Field(
+        default=None, description="Alias or folder of a trained reader, who answers."
+    )
     dtype: str | None = Field(default=None, description="Of the weights, such as 'bfloat16'.")
     device: str | None = Field(default=None, description="Where the model runs, such as 'cuda'.")
     gist_mode: GistMode = Field(
@@ -426,6 +429,7 @@ class GistLLM(FunctionCallingLLM):
             settings=self.settings,
             codec=self.codec,
             namespace=self.namespace,
+            reader=self.reader,
             dtype=self.dtype,
             device=self.device,
         )
@@ -439,6 +443,7 @@ _NAMES_ENGINE = {
     "settings",
     "codec",
     "namespace",
+    "reader",
     "dtype",
     "device",
 }
