@@ -429,10 +429,64 @@ class Backbone:
         Raises:
             ContextOverflow: a prompt with its answer needs more positions than the model has.
         """
-        self._check_window(texts, sampling)
+        self.check_window(texts, sampling)
+        yield from self.go_on(self.open(context, texts, adapter), sampling)
+
+    @torch.no_grad()
+    def open(
+        self,
+        context: Context,
+        texts: Sequence[Local],
+        adapter: Adapter | None = None,
+        *,
+        watch: bool = False,
+    ) -> Opened:
+        """Read a batch of prompts up to their first token.
+
+        Args:
+            watch: keep what ``attention_shares`` needs.
+        """
+        step = self._start(context, texts, adapter)
+        stream: list[Tensor] = []
+        with self.lock, _recorded(self.layers, stream, last=True) if watch else nullcontext():
+            logits = self._forward(step, 1)
+        return Opened(step, logits, torch.stack(stream) if watch else None)
+
+    @torch.no_grad()
+    def attention_shares(self, opened: Opened) -> Tensor:
+        """How much each prompt's last token looks at each of its passages.
+
+        Returns:
+            ``(B, P)``: shares of its attention, means over layers and query heads; 0 where a prompt
+            has fewer passages than ``P``.
+        """
+        step, reading = opened.step, opened.step.reading
+        assert opened.residual is not None
+        assert reading is not None
+        slots, batch = reading.slots, len(step.ids)
+        shares = torch.zeros(batch, int(slots.order.max()) + 1, device=self.device)
+        with step.adapter.active(step.adapted[:, -1:]) if step.adapter else nullcontext():
+            queries = self.project_queries(opened.residual[:-1], step.positions[:, -1:])
+        for index, query in enumerate(queries):  # (B, H, G, D)
+            keys, _, _, order = slots.layer(index)  # (B, H, N, D), (B, H, N)
+            if not keys.shape[2]:
+                continue
+            far = query @ keys.float().mT * self.scaling
+            far = far + slots.visible_bias(index, None)
+            near = query @ step.cache.layers[index].keys.float().mT * self.scaling
+            if step.visible is not None:
+                near = near.masked_fill(~step.visible[:, None, None], -torch.inf)
+            read = torch.cat((far, near), -1).softmax(-1)[..., : keys.shape[2]].mean(2)
+            shares.scatter_add_(1, order.flatten(1).long(), read.flatten(1))
+        return shares / (self.num_layers * self.num_heads)
+
+    @torch.no_grad()
+    def go_on(
+        self, opened: Opened, sampling: Sequence[Sampling]
+    ) -> Generator[list[int | None], set[int] | None]:
+        """``decode`` from where ``open`` left off."""
         choosers = [Chooser(s, self.device, self._follower(s)) for s in sampling]
-        state = self._start(context, texts, adapter)
-        logits = self._forward(state, 1)
+        state, logits = opened.step, opened.logits
         unread: list[list[int]] = []  # tokens of each step since the last forward pass
         done: set[int] = set()
         for step in range(max(s.max_tokens for s in sampling)):
@@ -453,17 +507,10 @@ class Backbone:
                 return
             unread.append([self._filler if token is None else token for token in tokens])
 
-    def write(
-        self,
-        context: Context,
-        texts: Sequence[Local],
-        max_tokens: int,
-        adapter: Adapter | None = None,
-    ) -> list[str]:
-        """What is decoded greedily, one text per prompt; arguments as in ``decode``."""
-        written: list[list[int]] = [[] for _ in texts]
-        sampling = [Sampling(max_tokens=max_tokens)] * len(texts)
-        for step in self.decode(context, texts, sampling, adapter):
+    def write(self, opened: Opened, max_tokens: int) -> list[str]:
+        """What is decoded greedily, one text per prompt."""
+        written: list[list[int]] = [[] for _ in opened.logits]
+        for step in self.go_on(opened, [Sampling(max_tokens=max_tokens)] * len(written)):
             for tokens, token in zip(written, step, strict=True):
                 if token is not None:
                     tokens.append(token)
@@ -517,7 +564,12 @@ class Backbone:
     def _filler(self) -> int:
         return min(self.stop_ids, default=0)
 
-    def _check_window(self, texts: Sequence[Local], sampling: Sequence[Sampling]) -> None:
+    def check_window(self, texts: Sequence[Local], sampling: Sequence[Sampling]) -> None:
+        """Refuse what cannot be read and answered.
+
+        Raises:
+            ContextOverflow: a prompt with its answer needs more positions than the model has.
+        """
         rows = zip(texts, sampling, strict=True)
         needed = max(int(text.positions[-1]) + 1 + s.max_tokens for text, s in rows)
         if needed > self.max_positions:
@@ -621,6 +673,26 @@ class _Step:
         )
 
 
+@dataclass(frozen=True)
+class Opened:
+    """Prompts that have been read and wait for their first token.
+
+    Attributes:
+        logits: ``(B, 1, V)`` of the first tokens.
+        residual: ``(L + 1, B, 1, E)`` residual streams of the last tokens, where watched.
+    """
+
+    step: _Step
+    logits: Tensor
+    residual: Tensor | None
+
+    @property
+    def entropy(self) -> Tensor:
+        """``(B,)`` of the first tokens, in nats."""
+        logs = self.logits[:, 0].float().log_softmax(-1)
+        return -(logs.exp() * logs).sum(-1)
+
+
 def forget(cache: DynamicCache, first: int, last: int) -> None:
     """Drop entries ``first`` to ``last`` (exclusive) of a cache, in every layer and head."""
     for layer in cache.layers:
@@ -629,18 +701,22 @@ def forget(cache: DynamicCache, first: int, last: int) -> None:
 
 
 @contextmanager
-def _recorded(layers: Sequence[Any], stream: list[Tensor]) -> Iterator[None]:
-    """Append each layer's input, then the last layer's output, to ``stream``.
+def _recorded(layers: Sequence[Any], stream: list[Tensor], last: bool = False) -> Iterator[None]:
+    """Append each layer's input, then the last layer's output, to ``stream``; of the ``last``
+    token alone where no more is wanted.
 
     ``output_hidden_states`` of transformers gives the last one after the final norm, which no
     layer projection can use.
     """
 
+    def keep(states: Tensor) -> None:
+        stream.append(states[:, -1:].clone() if last else states)
+
     def enter(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        stream.append(args[0] if args else kwargs["hidden_states"])
+        keep(args[0] if args else kwargs["hidden_states"])
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-        stream.append(output if isinstance(output, Tensor) else output[0])
+        keep(output if isinstance(output, Tensor) else output[0])
 
     hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
     hooks.append(layers[-1].register_forward_hook(leave))

@@ -146,6 +146,9 @@ def ask(
         str | None, typer.Option(help="Whose gists, where a store has several namespaces.")
     ] = None,
     reader: ReaderFolder = None,
+    expand: Annotated[
+        float | None, typer.Option(help="Doubt (nats) from which on a passage is read as text.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer a question from a store that precompute made."""
@@ -154,7 +157,7 @@ def ask(
         from gist_rag.types import Sampling
 
         with _loading("the model of the store"):
-            rag = GistRAG.open(store, namespace=namespace, reader=reader)
+            rag = GistRAG.open(store, namespace=namespace, reader=reader, expand=expand)
         with rag:
             found = rag.search(question, k)
             passages = [f.passage for f in found]

@@ -8,13 +8,14 @@ The query path, word for word in ``GistEngine._run``:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from gist_rag.attention import kernels_of
-from gist_rag.backbone import Backbone, Context, Local, Prefix
+from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
 from gist_rag.batching import Batcher
 from gist_rag.compose import Placed, Positions, arrange, compose, place
 from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
@@ -39,6 +40,8 @@ from gist_rag.errors import (
     StoreLocked,
     StoreWriteError,
 )
+from gist_rag.expand import Expand
+from gist_rag.layout import Slots
 from gist_rag.matching import PassageMatcher
 from gist_rag.models import DEFAULT_MODEL
 from gist_rag.priming import OnMiss, Primer
@@ -122,6 +125,7 @@ class GistEngine:
         namespace: tenant; gists of another namespace are never read.
         positions: where passages that stand side by side go, see ``compose.Positions``.
         reader: who answers, where that is not the plain backbone; gists do not depend on it.
+        expand: when passages are read as text after all; default: never.
         batch_window_ms: how long ``generate`` waits for other threads that ask too, to answer all
             in one batch; 0 for not at all.
     """
@@ -136,10 +140,12 @@ class GistEngine:
         namespace: str = "",
         positions: Positions = "parallel",
         reader: Reader | None = None,
+        expand: Expand | None = None,
         batch_window_ms: float = 5.0,
     ) -> None:
         self.backbone = backbone
         self.reader = reader
+        self.expand = expand
         self.compressor = compressor
         self.codec = codec
         self.namespace = namespace
@@ -170,6 +176,7 @@ class GistEngine:
         namespace: str = "",
         positions: Positions = "parallel",
         reader: Path | str | None = None,
+        expand: Expand | float | None = None,
         dtype: str | None = None,
         device: str | None = None,
     ) -> Self:
@@ -183,6 +190,7 @@ class GistEngine:
             ratio: tokens per slot, short for ``settings={"ratio": ...}``.
             settings: the compressor's settings, for example ``{"preset": "best"}``.
             reader: alias or folder of a trained reader; default: the one that belongs to ``model``.
+            expand: see ``GistEngine``; a number is short for ``Expand(doubt=...)``.
             dtype, device: see ``models.load_model``.
         """
         backbone, answers = load_backbone(model, reader, dtype=dtype, device=device)
@@ -195,6 +203,7 @@ class GistEngine:
             namespace=namespace,
             positions=positions,
             reader=answers,
+            expand=Expand(expand) if isinstance(expand, int | float) else expand,
         )
 
     # ---- identity
@@ -399,15 +408,16 @@ class GistEngine:
         clock.lap("match_ms")
         segments, fetched = self._fetch(segments, [r.gist_mode for r in requests])
         clock.lap("fetch_ms")
-        plans = [self._plan(s, fetched.states) for s in segments]
-        prefixes = [self._prefix(plan.prefix) for plan in plans]
-        slots = compose([plan.placed for plan in plans], self.backbone)
-        context = Context(prefixes, slots)
-        kernels = "reference" if slots is None else kernels_of(slots)
-        clock.lap("compose_ms")
-        texts = [plan.text for plan in plans]
         sampling = [r.sampling for r in requests]
-        steps = self.backbone.decode(context, texts, sampling, self.reader)
+        plans, slots, opened = self._open(segments, fetched.states, sampling, clock)
+        expanded: list[list[int]] = [[] for _ in requests]
+        if self.expand is not None and slots is not None:
+            expanded = self.expand.chosen(self.backbone, opened, [len(p.passages) for p in plans])
+            if any(expanded):
+                segments = [_as_text(s, e) for s, e in zip(segments, expanded, strict=True)]
+                plans, slots, opened = self._open(segments, fetched.states, sampling, clock)
+        kernels = "reference" if slots is None else kernels_of(slots)
+        steps = self.backbone.go_on(opened, sampling)
         rows = [_Row(self._decode_tokens, r.sampling) for r in requests]
         going, stopped = set(range(len(requests))), None
         with closing(steps):
@@ -422,13 +432,33 @@ class GistEngine:
                             pieces.append((i, Chunk(text)))
                     ended |= {i for i in going if rows[i].over}
                 for i in sorted(ended):
-                    stats = fetched.stats(i, plans[i], clock.times_in_all(), kernels)
+                    stats = fetched.stats(
+                        i, plans[i], clock.times_in_all(), kernels, len(expanded[i])
+                    )
                     pieces.append((i, Chunk(*rows[i].finish(stats, plans[i].passages))))
                 going -= ended
                 stopped = set(range(len(requests))) - going
                 yield pieces
 
     # ---- the steps of the query path
+
+    def _open(
+        self,
+        prompts: Sequence[Sequence[Segment]],
+        states: Mapping[str, GistState],
+        sampling: Sequence[Sampling],
+        clock: _Clock,
+    ) -> tuple[list[_Plan], Slots | None, Opened]:
+        """Compose prompts and read them up to the first token of their answers."""
+        plans = [self._plan(segments, states) for segments in prompts]
+        texts = [plan.text for plan in plans]
+        self.backbone.check_window(texts, sampling)
+        prefixes = [self._prefix(plan.prefix) for plan in plans]
+        slots = compose([plan.placed for plan in plans], self.backbone)
+        clock.lap("compose_ms")
+        watch = self.expand is not None and slots is not None
+        context = Context(prefixes, slots)
+        return plans, slots, self.backbone.open(context, texts, self.reader, watch=watch)
 
     def segments(
         self, prompt: Prompt, gist_mode: GistMode = "auto", tools: Sequence[Any] | None = None
@@ -626,12 +656,18 @@ class _Fetched:
     missed: Sequence[int]
 
     def stats(
-        self, prompt: int, plan: _Plan, times: Mapping[str, float], kernels: str = "reference"
+        self,
+        prompt: int,
+        plan: _Plan,
+        times: Mapping[str, float],
+        kernels: str = "reference",
+        expanded: int = 0,
     ) -> Stats:
         contents = [p.content for p in plan.passages]
         return Stats(
             hits=len(contents),
             misses=self.missed[prompt],
+            expanded=expanded,
             gist_slots=sum(p.state.mean_slots for p in plan.placed),
             source_tokens=sum(p.state.num_tokens for p in plan.placed),
             text_tokens=len(plan.text.ids),
@@ -708,6 +744,14 @@ def _split_text(prompt: str, matches: Sequence[Any]) -> list[Segment]:
         ]
         at = match.end
     return merge([*segments, Text(prompt[at:])])
+
+
+def _as_text(segments: Sequence[Segment], places: Collection[int]) -> list[Segment]:
+    """With some of the known passages, counted from 0, as text."""
+    count = itertools.count()
+    return merge(
+        Text(s.text) if isinstance(s, Known) and next(count) in places else s for s in segments
+    )
 
 
 def _without_gaps(segments: Sequence[Segment]) -> list[Segment]:

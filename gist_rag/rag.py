@@ -66,6 +66,7 @@ class GistRAG:
         compressor: str | Path | None = None,
         embedder: Embedder | None = None,
         reader: str | Path | None = None,
+        expand: float | None = None,
         dtype: str | None = None,
         device: str | None = None,
     ) -> Self:
@@ -77,7 +78,7 @@ class GistRAG:
             model: where the model is to be found now, if not under its old name.
             compressor: folder of a trained compressor.
             embedder: default the one the index was made with.
-            reader: alias or folder of who answers, see ``GistEngine.from_pretrained``.
+            reader, expand: see ``GistEngine.from_pretrained``.
             dtype, device: see ``models.load_model``.
 
         Raises:
@@ -92,7 +93,7 @@ class GistRAG:
             index = VectorIndex.load(index_folder(opened, space))
             embedder = embedder or named_embedder(index.embedder)
             check_index(index, opened, space)
-            options = {"reader": reader, "dtype": dtype, "device": device}
+            options = {"reader": reader, "expand": expand, "dtype": dtype, "device": device}
             engine = _reopen(opened, description, model, compressor, **options)
             if engine.space != space:
                 raise SpaceMismatch(

@@ -241,7 +241,8 @@ class Message(TypedDict):
 class Stats:
     """What one answer cost. Times in milliseconds, sizes in bytes.
 
-    ``hits`` counts passages read as gists, ``misses`` known passages read as text. ``ratio`` is
+    ``hits`` counts passages read as gists, ``misses`` known passages without a gist, ``expanded``
+    those that were read as text after the model had read their gists in doubt. ``ratio`` is
     source tokens per slot over the passages that were read as gists. ``first_token_ms`` counts
     from the call to the first new token: matching, fetching, composing and reading included.
     ``kernels`` says what composed and read the gists, ``"triton"`` or ``"reference"``.
@@ -249,6 +250,7 @@ class Stats:
 
     hits: int = 0
     misses: int = 0
+    expanded: int = 0
     gist_slots: float = 0.0
     source_tokens: int = 0
     text_tokens: int = 0

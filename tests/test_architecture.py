@@ -77,6 +77,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
             }
         ),
     ),
+    "gist_rag.expand": (6, frozenset({"gist_rag.backbone"})),
     "gist_rag.lora": (6, frozenset({"gist_rag.backbone", "gist_rag.errors"})),
     "gist_rag.reader": (
         7,
@@ -128,6 +129,8 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.compressors",
                 "gist_rag.detokenize",
                 "gist_rag.errors",
+                "gist_rag.expand",
+                "gist_rag.layout",
                 "gist_rag.matching",
                 "gist_rag.models",
                 "gist_rag.reader",
@@ -162,6 +165,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.compressors",
                 "gist_rag.engine",
                 "gist_rag.errors",
+                "gist_rag.expand",
                 "gist_rag.jsonl",
                 "gist_rag.matching",
                 "gist_rag.models",

@@ -255,7 +255,8 @@ class Compressor(nn.Module):
         placed = [Placed(state, len(prefix)) for state in states]
         context = Context([prefix] * len(states), compose([[p] for p in placed], backbone))
         texts = [Local.after(request, p.start + p.state.span, 1) for p in placed]
-        return [text.strip() for text in backbone.write(context, texts, max_tokens)]
+        written = backbone.write(backbone.open(context, texts), max_tokens)
+        return [text.strip() for text in written]
 
     def language_loss(
         self,

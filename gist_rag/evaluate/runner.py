@@ -1,7 +1,9 @@
 """``evaluate``: the same questions through every arm, scored in three ways that must agree.
 
 Arms are ``closed`` (no passages), ``full`` (text), ``truncated`` (text cut to the same number of
-slots), ``reuse`` (uncompressed gists) and compressors, each ``name`` or ``name@ratio``.
+slots), ``reuse`` (uncompressed gists) and compressors, each ``name`` or ``name@ratio``. With ``+n``
+behind it, the ``n`` passages that are looked at most are read as text (``gist_rag.expand``); each
+prediction says in what ``doubt`` it was made, so that a threshold can be found afterwards.
 
 Scores are the gold answer's NLL per token, the share of questions whose gold answer is likelier per
 token than nine others (``choice``), and what a greedy answer contains; a probe adds its own.
@@ -11,16 +13,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from gist_rag.backbone import Backbone, Context, Local, Prefix
+from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
 from gist_rag.compose import Placed, Positions, arrange, compose
 from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.errors import BadInput
@@ -28,6 +30,7 @@ from gist_rag.evaluate import metrics
 from gist_rag.evaluate.environment import environment
 from gist_rag.evaluate.probes import make_probe
 from gist_rag.evaluate.tasks import Example, Task, load_task
+from gist_rag.expand import Expand
 from gist_rag.models import DEFAULT_MODEL
 from gist_rag.prompt import rag_messages, rag_pieces
 from gist_rag.reader import Reader, load_backbone
@@ -174,6 +177,33 @@ def _figures(arm: _FieldScores, closed: _FieldScores, full: _FieldScores) -> dic
     }
 
 
+@dataclass(frozen=True)
+class Arm:
+    """``name@ratio+expand``."""
+
+    name: str
+    ratio: float
+    expand: int
+
+    @classmethod
+    def parse(cls, text: str, ratio: float) -> Self:
+        """From its text, with the ratio of those that name none.
+
+        Raises:
+            BadInput: no ratio, or no number of passages, where there should be one; or ``+`` after
+                an arm that reads no gists.
+        """
+        front, _, expand = text.partition("+")
+        name, _, given = front.partition("@")
+        try:
+            arm = cls(name, float(given or ratio), int(expand or 0))
+        except ValueError as error:
+            raise BadInput(f"arm {text!r} is not name, name@ratio or name@ratio+n") from error
+        if arm.expand and name in TEXT_ARMS:
+            raise BadInput(f"arm {text!r}: {name} is text already, so there is nothing to expand")
+        return arm
+
+
 class _Arms:
     """Builds what each arm reads. Passages are encoded once for all compressors that can share."""
 
@@ -181,18 +211,17 @@ class _Arms:
         self.backbone = backbone
         self.config = config
         self.reader = reader
-        self.compressors = {
-            arm: self._compressor(arm) for arm in config.all_arms if _name(arm) not in TEXT_ARMS
-        }
+        self.arms = {text: Arm.parse(text, config.ratio) for text in config.all_arms}
+        gists = [replace(a, expand=0) for a in self.arms.values() if a.name not in TEXT_ARMS]
+        self.compressors = {arm: self._compressor(arm) for arm in gists}
         self._prefixes: dict[str, Prefix] = {}
 
-    def _compressor(self, arm: str) -> Compressor:
-        name = _name(arm)
-        if name == "reuse":
+    def _compressor(self, arm: Arm) -> Compressor:
+        if arm.name == "reuse":
             return make_compressor("full", self.backbone)
-        own = self.config.settings if name == self.config.compressor else {}
-        settings = own if Path(name).is_dir() else {"ratio": _ratio(arm, self.config.ratio), **own}
-        return make_compressor(name, self.backbone, settings)
+        own = self.config.settings if arm.name == self.config.compressor else {}
+        settings = own if Path(arm.name).is_dir() else {"ratio": arm.ratio, **own}
+        return make_compressor(arm.name, self.backbone, settings)
 
     def readings(self, example: Example) -> dict[str, _Reading]:
         """Per arm, what one question reads."""
@@ -200,20 +229,21 @@ class _Arms:
         source = sum(len(i) for i in ids)
         states = self._states(ids)
         out = {}
-        for arm in self.config.all_arms:
-            if arm in states:
-                out[arm] = self._gists(example.question, states[arm], source)
-            elif _name(arm) == "truncated":
-                cut = [round(len(i) / _ratio(arm, self.config.ratio)) for i in ids]
-                texts = [self._text(i[: max(1, n)]) for i, n in zip(ids, cut, strict=True)]
-                out[arm] = self._plain(example.question, texts, sum(cut), source)
-            elif arm == "full":
-                out[arm] = self._plain(example.question, example.passages, source, source)
+        for text, arm in self.arms.items():
+            if arm.name not in TEXT_ARMS:
+                found = states[replace(arm, expand=0)]
+                out[text] = self._gists(example, found, source, expand=arm.expand)
+            elif arm.name == "truncated":
+                cut = [max(1, round(len(i) / arm.ratio)) for i in ids]
+                texts = [self._text(i[:n]) for i, n in zip(ids, cut, strict=True)]
+                out[text] = self._plain(example.question, texts, sum(cut), source)
+            elif arm.name == "full":
+                out[text] = self._plain(example.question, example.passages, source, source)
             else:
-                out[arm] = self._plain(example.question, (), 0, source)
+                out[text] = self._plain(example.question, (), 0, source)
         return out
 
-    def _states(self, ids: Sequence[Tensor]) -> dict[str, list[GistState]]:
+    def _states(self, ids: Sequence[Tensor]) -> dict[Arm, list[GistState]]:
         shared: Tensor | None = None
         out = {}
         for arm, compressor in self.compressors.items():
@@ -236,14 +266,37 @@ class _Arms:
         prefix = self.backbone.prefix(ids[:cut])  # read once for scores and generation alike
         return _Reading(prefix, (), Local.after(ids[cut:], len(prefix), 0), slots, source)
 
-    def _gists(self, question: str, states: Sequence[GistState], source: int) -> _Reading:
-        before, pieces = rag_pieces(question, [None] * len(states), self.backbone.render)
+    def _gists(
+        self, example: Example, states: Sequence[GistState], source: int, expand: int = 0
+    ) -> _Reading:
+        reading = self._mixed(example, dict(enumerate(states)), source)
+        if not expand:
+            return reading
+        opened = _open(self.backbone, [reading], self.reader, watch=True)
+        [as_text] = Expand(0.0, expand).chosen(self.backbone, opened, [len(states)])
+        kept = {place: s for place, s in enumerate(states) if place not in as_text}
+        return self._mixed(example, kept, source)
+
+    def _mixed(self, example: Example, states: Mapping[int, GistState], source: int) -> _Reading:
+        """Some passages as gists, the others as text."""
+        given = [None if place in states else t for place, t in enumerate(example.passages)]
+        before, pieces = rag_pieces(example.question, given, self.backbone.render)
         if before not in self._prefixes:
             self._prefixes[before] = self.backbone.prefix(self.backbone.tokenize(before))
-        prefix, rest = self._prefixes[before], iter(states)
+        prefix, rest = self._prefixes[before], iter(states.values())
         following = [next(rest) if p is None else self.backbone.tokenize(p) for p in pieces]
         placed, text = arrange(following, len(prefix), self.config.positions)
-        return _Reading(prefix, placed, text, sum(s.mean_slots for s in states), source)
+        slots = sum(s.mean_slots for s in states.values())
+        slots += sum(len(self.backbone.tokenize(t)) for t in given if t is not None)
+        return _Reading(prefix, placed, text, slots, source)
+
+
+def _open(
+    backbone: Backbone, readings: Sequence[_Reading], reader: Reader | None, *, watch: bool = False
+) -> Opened:
+    slots = compose([r.placed for r in readings], backbone)
+    context = Context([r.prefix for r in readings], slots)
+    return backbone.open(context, [r.text for r in readings], reader, watch=watch)
 
 
 def _predict(
@@ -255,17 +308,18 @@ def _predict(
     reader: Reader | None,
 ) -> list[dict[str, Any]]:
     """Scores and greedy answers of a group of questions in one arm."""
-    slots = compose([r.placed for r in readings], backbone)
-    context = Context([r.prefix for r in readings], slots)
-    answers = backbone.write(context, [r.text for r in readings], task.new_tokens, reader)
+    opened = _open(backbone, readings, reader)
+    doubts = opened.entropy.tolist()
+    answers = backbone.write(opened, task.new_tokens)
     out = []
-    for example, reading, answer in zip(examples, readings, answers, strict=True):
+    for example, reading, answer, doubt in zip(examples, readings, answers, doubts, strict=True):
         losses = answer_losses(backbone, reading, (example.answers[0], *example.choices), reader)
         out.append(
             {
                 "id": example.id,
                 "arm": arm,
                 "answer": answer,
+                "doubt": round(doubt, 4),
                 "gold": example.answers[0],
                 "nll": losses[0],
                 "choice": float(losses[0] < min(losses[1:], default=float("inf"))),
@@ -311,18 +365,6 @@ def answer_losses(
         losses.append(float(-logits[rows, target.to(logits.device)].mean()))
         at += len(target) - 1
     return losses
-
-
-def _name(arm: str) -> str:
-    return arm.partition("@")[0]
-
-
-def _ratio(arm: str, default: float) -> float:
-    _, _, ratio = arm.partition("@")
-    try:
-        return float(ratio) if ratio else default
-    except ValueError as error:
-        raise BadInput(f"arm {arm!r}: {ratio!r} is no ratio") from error
 
 
 def _meta(config: EvaluateConfig, backbone: Backbone) -> dict[str, Any]:

@@ -38,6 +38,7 @@ _NAMES_ENGINE = (
     "codec",
     "namespace",
     "reader",
+    "expand",
     "dtype",
     "device",
 )
@@ -102,6 +103,9 @@ class GistModel(BaseLanguageModel[Any], ABC):
     """Tenant; gists of another namespace are never read."""
     reader: str | Path | None = None
     """Alias or folder of a trained reader, who answers in place of the plain model."""
+    expand: float | None = Field(default=None, ge=0)
+    """Entropy of an answer's first token, in nats, from which on the passage that the model looks
+    at most is read as text after all; ``None`` for never."""
     dtype: str | None = None
     """Of the model's weights, for example ``"bfloat16"``."""
     device: str | None = None

@@ -97,6 +97,12 @@ class GistLLM(FunctionCallingLLM):
     reader: str | None = Field(
         default=None, description="Alias or folder of a trained reader, who answers."
     )
+    expand: float | None = Field(
+        default=None,
+        ge=0,
+        description="Entropy of an answer's first token, in nats, from which on the passage that "
+        "the model looks at most is read as text after all.",
+    )
     dtype: str | None = Field(default=None, description="Of the weights, such as 'bfloat16'.")
     device: str | None = Field(default=None, description="Where the model runs, such as 'cuda'.")
     gist_mode: GistMode = Field(
@@ -430,6 +436,7 @@ class GistLLM(FunctionCallingLLM):
             codec=self.codec,
             namespace=self.namespace,
             reader=self.reader,
+            expand=self.expand,
             dtype=self.dtype,
             device=self.device,
         )
@@ -444,6 +451,7 @@ _NAMES_ENGINE = {
     "codec",
     "namespace",
     "reader",
+    "expand",
     "dtype",
     "device",
 }
