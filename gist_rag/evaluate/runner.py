@@ -279,6 +279,8 @@ class _Arms:
 
     def _mixed(self, example: Example, states: Mapping[int, GistState], source: int) -> _Reading:
         """Some passages as gists, the others as text."""
+        if not states:
+            return self._plain(example.question, example.passages, source, source)
         given = [None if place in states else t for place, t in enumerate(example.passages)]
         before, pieces = rag_pieces(example.question, given, self.backbone.render)
         if before not in self._prefixes:

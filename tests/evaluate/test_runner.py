@@ -69,6 +69,31 @@ def test_the_result_names_its_origin(result: dict[str, Any]) -> None:
     json.dumps(result)
 
 
+def test_expanded_arms_read_a_passage_as_text(tiny_model_folder: Path) -> None:
+    """One of three passages as text: its tokens and the slots of the two others. All three: the
+    prompt is text, and what is read of it is what ``full`` reads."""
+    arms = ("strided@4", "strided@4+1", "strided@4+3")
+    settings = {"task": QUESTIONS, "model": str(tiny_model_folder), "passages": 3, "limit": 2}
+    result = evaluate(EvaluateConfig(arms=arms, **settings))
+    slots = {name: arm["kv_slots"] for name, arm in result["arms"].items()}
+    assert slots["strided@4"] < slots["strided@4+1"] < slots["strided@4+3"]
+    assert slots["strided@4+3"] == slots["full"]
+    doubts = [(p["arm"], p["doubt"]) for p in result["predictions"]]
+    by_arm = {name: [d for a, d in doubts if a == name] for name in result["arms"]}
+    assert by_arm["strided@4+3"] == pytest.approx(by_arm["full"], abs=0.05)
+    assert all(d >= 0 for _, d in doubts)
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [("strided@x", "is not name"), ("strided@4+one", "is not name"), ("full+1", "text already")],
+)
+def test_bad_arms_are_named(tiny_model_folder: Path, arm: str, message: str) -> None:
+    config = EvaluateConfig(task=QUESTIONS, model=str(tiny_model_folder), limit=1, arms=(arm,))
+    with pytest.raises(BadInput, match=message):
+        evaluate(config)
+
+
 def test_branches_score_as_each_answer_read_alone(backbone: Backbone) -> None:
     prompt = backbone.tokenize("The rollback journal is")
     prefix = backbone.prefix(prompt[:-1])
