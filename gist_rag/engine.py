@@ -209,9 +209,11 @@ class GistEngine:
     # ---- identity
 
     def describe(self) -> dict[str, Any]:
-        """All that a gist of this engine depends on."""
+        """All that a gist of this engine depends on, and by what names its parts are found."""
+        folder = self.compressor.folder
         return {
             "model": self.backbone.name,
+            "folder": None if folder is None else str(folder),
             "model_fingerprint": self.backbone.fingerprint,
             **self.compressor.describe(),
             "compressor_fingerprint": self.compressor.fingerprint,
@@ -220,7 +222,7 @@ class GistEngine:
         }
 
     def _space(self) -> str:
-        identity = {k: v for k, v in self.describe().items() if k != "model"}
+        identity = {k: v for k, v in self.describe().items() if k not in ("model", "folder")}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     # ---- filling the store

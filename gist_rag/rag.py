@@ -76,7 +76,7 @@ class GistRAG:
             namespace: whose gists; needed only where a store holds several namespaces. Where one
                 namespace has several spaces (another ratio, say), the newest is taken.
             model: where the model is to be found now, if not under its old name.
-            compressor: folder of a trained compressor.
+            compressor: where the folder of a trained compressor is to be found now.
             embedder: default the one the index was made with.
             reader, expand: see ``GistEngine.from_pretrained``.
             dtype, device: see ``models.load_model``.
@@ -289,11 +289,12 @@ def _reopen(
     **options: Any,
 ) -> GistEngine:
     """An engine as ``GistEngine.describe`` described it."""
+    folder = compressor or description.get("folder")
     return GistEngine.from_pretrained(
         model or description["model"],
         store,
-        compressor=compressor or description["compressor"],
-        settings=None if compressor else description["settings"],
+        compressor=folder or description["compressor"],
+        settings=None if folder else description["settings"],
         codec=description["codec"],
         namespace=description["namespace"],
         **options,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from gist_rag.compressors import make_compressor
 from gist_rag.engine import GistEngine
 from gist_rag.errors import (
     BadInput,
@@ -19,8 +20,10 @@ from gist_rag.errors import (
     IndexMismatch,
     MissingExtra,
     SpaceMismatch,
+    UnknownCompressor,
 )
 from gist_rag.rag import GistRAG, check_index, index_folder
+from gist_rag.reader import load_backbone
 from gist_rag.retrieval import VectorIndex, Vectors
 from gist_rag.store import GistStore
 from gist_rag.types import Passage, Sampling, content_key
@@ -215,6 +218,29 @@ def test_a_folder_alone_brings_back_every_setting(folder: Path, passages: list[P
         described = rag.engine.describe()
         assert (described["settings"]["ratio"], described["settings"]["preset"]) == (4.0, "fast")
         assert described["codec"] == "int8"
+        assert rag.ask(passages[1].text[:120], 2, SHORT).stats.hits == 2
+
+
+def test_a_trained_compressor_is_found_by_the_store(
+    tiny_model_folder: Path, passages: list[Passage], tmp_path: Path
+) -> None:
+    """Its folder is part of what a store knows, but not of what its gists are."""
+    backbone, _ = load_backbone(str(tiny_model_folder))
+    for name in ("here", "there"):
+        torch.manual_seed(0)
+        make_compressor("gisting", backbone, {"ratio": 4}).save_pretrained(tmp_path / name)
+    store = tmp_path / "store"
+    with GistEngine.from_pretrained(
+        str(tiny_model_folder), store, compressor=tmp_path / "here"
+    ) as engine:
+        GistRAG(engine, embedder=WordEmbedder()).build(passages[:4])
+    with GistRAG.open(store, embedder=WordEmbedder()) as rag:
+        assert rag.engine.describe()["folder"] == str(tmp_path / "here")
+        assert rag.ask(passages[1].text[:120], 2, SHORT).stats.hits == 2
+    shutil.rmtree(tmp_path / "here")
+    with pytest.raises(UnknownCompressor, match="here"):
+        GistRAG.open(store, embedder=WordEmbedder())
+    with GistRAG.open(store, compressor=tmp_path / "there", embedder=WordEmbedder()) as rag:
         assert rag.ask(passages[1].text[:120], 2, SHORT).stats.hits == 2
 
 

@@ -96,8 +96,11 @@ class Compressor(nn.Module):
         super().__init__()
         object.__setattr__(self, "backbone", backbone)  # keeps it out of parameters and state_dict
         self.config = config if config is not None else self.Config()
+        self.folder: Path | None = None
 
     backbone: Backbone
+    folder: Path | None
+    """Where it was read from, if it was."""
 
     # ---- hooks
 
@@ -338,6 +341,7 @@ class Compressor(nn.Module):
         weights = Path(folder) / "compressor.safetensors"
         if weights.exists():
             compressor.load_state_dict(load_file(weights))
+        compressor.folder = Path(folder).resolve()
         return compressor.to(backbone.device)
 
 
