@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from langchain_classic.chains import create_retrieval_chain
+from langchain_classic.chains import RetrievalQA, create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler, get_usage_metadata_callback
@@ -109,6 +109,22 @@ def test_retrieval_chain_reads_gists(
     )
     create_retrieval_chain(retriever, stuff).invoke({"input": QUESTION})
     assert prompts.gists == [expected]
+    assert prompts.no_passage_as_text()
+
+
+@pytest.mark.parametrize("chain_type", ["stuff", "map_reduce", "refine", "map_rerank"])
+def test_classic_chains_read_gists(
+    llm: ChatGist, retriever: Any, prompts: Any, expected: Any, chain_type: str
+) -> None:
+    """``map_reduce`` and its like ask about each passage by itself, and then about the answers."""
+    qa = RetrievalQA.from_chain_type(llm, chain_type=chain_type, retriever=retriever)
+    if chain_type == "map_rerank":  # its parser wants a score, which a random model does not give
+        with pytest.raises(ValueError, match="Could not parse output"):
+            qa.invoke({"query": QUESTION})
+    else:
+        assert isinstance(qa.invoke({"query": QUESTION})["result"], str)
+    read = [gists for gists in prompts.gists if gists]
+    assert read == ([expected] if chain_type == "stuff" else [[source] for source in expected])
     assert prompts.no_passage_as_text()
 
 
