@@ -32,18 +32,21 @@ def steps(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     for op in OPERATIONS:
         yield "kernels", f"{PYTHON} kernels/benchmarks/bench_{op}.py --out {out}/{op}.json"
     data = " ".join(f"--data {path}" for path in args.data)
-    for method in ("reader", *METHODS) if args.data else ():
-        config = f"benchmarks/training/{'reader' if method == 'reader' else 'gists'}.yaml"
-        command = f"{CLI} train --method {method} --config {config} {model} {data}"
+    train = f"{CLI} train {model} {data} --config benchmarks/training"
+    if args.data:
+        yield "train-reader", f"{train}/reader.yaml --steps 1500 --batch-size 64 --out {out}/reader"
+    reader = f"--reader {out}/reader" if args.data else ""
+    for method in METHODS if args.data else ():
+        command = f"{train}/gists.yaml --method {method} {reader}"
         yield f"train-{method}", f"{command} --out {out}/{method}"
     for passages in (1, 5, 10) if args.task else ():
         trained = [f"{out}/{method}" for method in METHODS if (out / method).exists()]
         ratios = [f"attention_matching@{ratio}" for ratio in (8, 16, 32)]
         command = f"{CLI} evaluate --task {args.task} --passages {passages} --limit 200 {model}"
-        arms = ",".join(("reuse", *ratios, *trained))
+        arms = ",".join(("reuse", *ratios, "attention_matching@16+1", *trained))
         yield (
             f"evaluate-{passages}",
-            f"{command} --preset best --arms {arms} --out {out}/nq_p{passages}.json",
+            f"{command} {reader} --preset best --arms {arms} --out {out}/nq_p{passages}.json",
         )
 
 
