@@ -14,7 +14,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 from langchain_huggingface import HuggingFaceEmbeddings
 
-from gist_rag.models import DEFAULT_MODEL, embedder_folder
+from gist_rag.models import DEFAULT_RAG_MODEL, embedder_folder
 from gist_rag.retrieval import read_corpus
 from langchain_gist_rag import ChatGist
 
@@ -53,6 +53,8 @@ def main(model: str, limit: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="alias, folder or Hugging Face id")
+    parser.add_argument(
+        "--model", default=DEFAULT_RAG_MODEL, help="alias, folder or Hugging Face id"
+    )
     parser.add_argument("--limit", type=int, default=8, help="passages of the sample to compress")
     main(**vars(parser.parse_args()))

@@ -16,7 +16,7 @@ from llama_index.core.schema import TextNode
 from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 from llama_index.vector_stores.faiss import FaissVectorStore
 
-from gist_rag.models import DEFAULT_MODEL, embedder_folder
+from gist_rag.models import DEFAULT_RAG_MODEL, embedder_folder
 from gist_rag.retrieval import read_corpus
 from llama_index.llms.gist_rag import GistLLM
 
@@ -52,6 +52,8 @@ def main(model: str, limit: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="alias, folder or Hugging Face id")
+    parser.add_argument(
+        "--model", default=DEFAULT_RAG_MODEL, help="alias, folder or Hugging Face id"
+    )
     parser.add_argument("--limit", type=int, default=8, help="passages of the sample to compress")
     main(**vars(parser.parse_args()))

@@ -6,7 +6,7 @@ python examples/plain_hf.py --model smollm2-135m-instruct     # or a folder, or 
 import argparse
 
 from gist_rag import GistEngine, Passage, Sampling
-from gist_rag.models import DEFAULT_MODEL
+from gist_rag.models import DEFAULT_RAG_MODEL
 from gist_rag.prompt import Known, rag_messages
 
 PASSAGES = [
@@ -25,7 +25,7 @@ PASSAGES = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--model", default=DEFAULT_RAG_MODEL)
     parser.add_argument("--ratio", type=float, default=4)
     options = parser.parse_args()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import gist_rag
 from gist_rag import GistEngine, GistRAG, Sampling
-from gist_rag.models import DEFAULT_MODEL
+from gist_rag.models import DEFAULT_RAG_MODEL
 from gist_rag.retrieval import read_corpus
 
 SAMPLE = Path(gist_rag.__file__).with_name("data") / "sqlite_passages.jsonl"
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, help="JSONL of passages; default: the sample")
     parser.add_argument("--store", type=Path, help="default: a folder that goes away")
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--model", default=DEFAULT_RAG_MODEL)
     parser.add_argument("--question", default="What does a checkpoint do with the WAL file?")
     options = parser.parse_args()
 

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gist_rag.errors import BadInput, GistRagError
-from gist_rag.models import DEFAULT_MODEL
+from gist_rag.models import DEFAULT_RAG_MODEL
 
 if TYPE_CHECKING:
     from gist_rag.store import GistStore
@@ -85,7 +85,7 @@ def _configure() -> None:
 def precompute(
     corpus: Annotated[Path, typer.Option(help="JSONL file of passages, or .jsonl.gz.")],
     store: StoreFolder,
-    model: Model = DEFAULT_MODEL,
+    model: Model = DEFAULT_RAG_MODEL,
     compressor: Method = COMPRESSOR,
     ratio: Ratio = None,
     preset: Preset = None,
@@ -177,6 +177,7 @@ def ask(
             "stats": {
                 "gists": answer.stats.hits,
                 "texts": len(found) - answer.stats.hits,
+                "expanded": answer.stats.expanded,
                 "source_tokens": answer.stats.source_tokens,
                 "gist_slots": round(answer.stats.gist_slots, 1),
                 "gist_bytes": answer.stats.num_bytes,
@@ -202,7 +203,7 @@ def demo(
         from gist_rag.sample import sample_passages
 
         passages, results = sample_passages(), []
-        with _loading(DEFAULT_MODEL):
+        with _loading(DEFAULT_RAG_MODEL):
             engine = DemoEngine.from_pretrained(store=store)
         with engine:
             with _bar("passages", hidden=as_json) as progress:
@@ -233,7 +234,7 @@ def evaluate(
     passages: Annotated[int, typer.Option(help="Passages per question.")] = 1,
     limit: Annotated[int, typer.Option(help="Questions.")] = 100,
     seed: Annotated[int, typer.Option(help="Chooses the questions and their order.")] = 0,
-    model: Model = DEFAULT_MODEL,
+    model: Model = DEFAULT_RAG_MODEL,
     arms: Annotated[str, typer.Option(help="Arms to compare, with commas between them.")] = "",
     preset: Preset = None,
     refine_steps: RefineSteps = None,
@@ -329,7 +330,7 @@ def train(
 @bench.command()
 def ttft(
     passages: Annotated[str, typer.Option(help="Passages per prompt, as in 1,2,5.")] = "1,2,5,10",
-    model: Model = DEFAULT_MODEL,
+    model: Model = DEFAULT_RAG_MODEL,
     ratio: Annotated[float, typer.Option(help="Tokens per kept slot.")] = 8.0,
     repeats: Annotated[int, typer.Option(help="Timed prompts per row and arm.")] = 5,
     dtype: Dtype = None,
@@ -347,16 +348,13 @@ def ttft(
             result = bench_ttft(
                 counts, model=model, ratio=ratio, dtype=dtype, repeats=repeats, progress=say
             )
-        if as_json:
-            _print_json(result)
-        else:
-            console.print(_table(result["results"]))
+        _show_rows(result, as_json)
 
 
 @bench.command("precompute")
 def precompute_cost(
     passages: Annotated[int, typer.Option(help="Passages to time.")] = 6,
-    model: Model = DEFAULT_MODEL,
+    model: Model = DEFAULT_RAG_MODEL,
     ratio: Annotated[float, typer.Option(help="Tokens per kept slot.")] = 8.0,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -367,10 +365,7 @@ def precompute_cost(
 
         with _loading(model):
             result = bench_precompute(passages, model=model, ratio=ratio, dtype=dtype)
-        if as_json:
-            _print_json(result)
-        else:
-            console.print(_table(result["results"]))
+        _show_rows(result, as_json)
 
 
 @bench.command("matching")
@@ -385,10 +380,7 @@ def matching_speed(
 
         with _bar("passages", hidden=as_json) as progress:
             result = bench_matching(passages, prompts=prompts, progress=progress)
-        if as_json:
-            _print_json(result)
-        else:
-            console.print(_table(result["results"]))
+        _show_rows(result, as_json)
 
 
 @app.command()
@@ -631,6 +623,14 @@ def _show(
         _echo(lines(report))
 
 
+def _show_rows(result: dict[str, Any], as_json: bool) -> None:
+    """A benchmark's result as JSON, or its rows as a table."""
+    if as_json:
+        _print_json(result)
+    else:
+        console.print(_table(result["results"]))
+
+
 def _echo(lines: Iterable[str]) -> None:
     for line in lines:
         typer.echo(line)
@@ -670,6 +670,8 @@ def _ask_lines(report: dict[str, Any]) -> Iterator[str]:
     line = f"{stats['gists']} passages read as gists, {stats['texts']} as text"
     if stats["gists"]:
         line += f"; {stats['source_tokens']} source tokens > {stats['gist_slots']:.0f} slots"
+    if stats["expanded"]:
+        line += f"; {stats['expanded']} read again as text, out of doubt"
     yield f"{line}; first token after {stats['first_token_ms']:.0f} ms"
 
 

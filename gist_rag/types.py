@@ -293,6 +293,7 @@ class Answer:
         return {
             "hits": self.stats.hits,
             "misses": self.stats.misses,
+            "expanded": self.stats.expanded,
             "passages": [passage.id or passage.content for passage in self.passages],
             "gist_tokens": round(self.stats.gist_slots),
             "source_tokens": self.stats.source_tokens,

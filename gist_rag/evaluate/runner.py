@@ -31,7 +31,7 @@ from gist_rag.evaluate.environment import environment
 from gist_rag.evaluate.probes import make_probe
 from gist_rag.evaluate.tasks import Example, Task, load_task
 from gist_rag.expand import Expand
-from gist_rag.models import DEFAULT_MODEL
+from gist_rag.models import DEFAULT_RAG_MODEL
 from gist_rag.prompt import rag_messages, rag_pieces
 from gist_rag.reader import Reader, load_backbone
 from gist_rag.types import GistState
@@ -53,7 +53,7 @@ class EvaluateConfig(BaseModel):
     passages: int = Field(default=1, ge=1)
     limit: int = Field(default=100, ge=1)
     seed: int = 0
-    model: str = DEFAULT_MODEL
+    model: str = DEFAULT_RAG_MODEL
     reader: str | None = None
     dtype: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)

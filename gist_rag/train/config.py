@@ -11,7 +11,7 @@ from gist_rag.compose import Positions
 from gist_rag.compressors import DEFAULT_COMPRESSOR
 from gist_rag.errors import BadInput
 from gist_rag.lora import LoRAConfig
-from gist_rag.models import DEFAULT_MODEL
+from gist_rag.models import DEFAULT_RAG_MODEL
 
 READER = "reader"
 """The ``method`` that trains who reads, from full text, instead of a compressor."""
@@ -54,7 +54,7 @@ class TrainConfig(BaseModel):
     task: Literal["passages", "thoughts"] = "passages"
     data: tuple[Path, ...] = Field(min_length=1)
     out: Path
-    model: str = DEFAULT_MODEL
+    model: str = DEFAULT_RAG_MODEL
     dtype: str | None = None
     device: str | None = None
     ratios: tuple[float, ...] = Field(default=(4.0,), min_length=1)
