@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor
@@ -44,8 +44,9 @@ from gist_rag.expand import Expand
 from gist_rag.layout import Slots
 from gist_rag.matching import PassageMatcher
 from gist_rag.models import DEFAULT_MODEL
-from gist_rag.priming import OnMiss, Primer
-from gist_rag.prompt import Known, Segment, Segments, Text, merge, split_messages
+from gist_rag.modes import GistMode, OnMiss
+from gist_rag.priming import Primer
+from gist_rag.prompt import SEARCHED, Known, Segment, Segments, Text, merge, split_messages
 from gist_rag.reader import Reader, load_backbone
 from gist_rag.store import GistStore, pack, unpack
 from gist_rag.tools import ToolFormat, tool_format, with_instruction
@@ -62,9 +63,7 @@ from gist_rag.types import (
 
 logger = logging.getLogger(__name__)
 
-GistMode = Literal["auto", "off", "require"]
-"""``auto``: read known passages as gists; ``off``: read everything as text; ``require``: raise
-``GistsRequired`` when no passage of the prompt has a gist."""
+MODES = get_args(GistMode)
 
 Prompt = str | Sequence[Message] | Segments
 """A raw prompt, a conversation for the chat template, or segments made by hand."""
@@ -470,11 +469,13 @@ class GistEngine:
         Raises:
             BadInput: an empty prompt, or a role that the chat template refuses.
         """
-        if gist_mode not in ("auto", "off", "require"):
-            raise BadInput(f"gist_mode is {gist_mode!r}; it must be auto, off or require")
+        if gist_mode not in MODES:
+            raise BadInput(f"gist_mode is {gist_mode!r}; it must be one of {', '.join(MODES)}")
         if not prompt:
             raise BadInput("the prompt is empty")
-        find = (lambda text: []) if gist_mode == "off" else self.matcher.find
+        if gist_mode == "text":
+            prompt = self.in_words(prompt)
+        find = (lambda text: []) if gist_mode in ("off", "text") else self.matcher.find
         if isinstance(prompt, str):
             return _split_text(prompt, find(prompt))
         if isinstance(prompt[0], Text | Known):
@@ -483,6 +484,32 @@ class GistEngine:
         if tools and not self.backbone.shows_tools:
             messages = with_instruction(messages, self.tool_format.offer(tools))
         return split_messages(messages, find, partial(self.backbone.render, tools=tools))
+
+    def in_words(self, prompt: Prompt) -> Prompt:
+        """The prompt with known passages in the words of their gists (``GistState.text``, see
+        ``gist_coco``): for models that can only be talked to, remote ones too.
+
+        A passage stays as it is where its gist has no words.
+        """
+        if isinstance(prompt, str):
+            return self._in_words([_split_text(prompt, self.matcher.find(prompt))])[0]
+        if prompt and isinstance(prompt[0], Text | Known):
+            return [Text(text) for text in self._in_words([prompt])]  # type: ignore[list-item]
+        messages: list[Message] = [message.copy() for message in prompt]  # type: ignore[union-attr]
+        searched = [message for message in messages if message["role"] in SEARCHED]
+        texts = [message["content"] for message in searched]
+        split = [_split_text(text, self.matcher.find(text)) for text in texts]
+        for message, text in zip(searched, self._in_words(split), strict=True):
+            message["content"] = text
+        return messages
+
+    def _in_words(self, prompts: Sequence[Sequence[Segment]]) -> list[str]:
+        known = {s.content for segments in prompts for s in segments if isinstance(s, Known)}
+        words = {content: state.text for content, state in self._load(known).items()}
+        return [
+            "".join((isinstance(s, Known) and words.get(s.content)) or s.text for s in segments)
+            for segments in prompts
+        ]
 
     @property
     def tool_format(self) -> ToolFormat:
@@ -510,7 +537,7 @@ class GistEngine:
         """
         given = prompts
         prompts = [
-            [Text(s.text) for s in p] if mode == "off" else [*p[:-1], Text(p[-1].text)]
+            [Text(s.text) for s in p] if mode in ("off", "text") else [*p[:-1], Text(p[-1].text)]
             for p, mode in zip(given, gist_modes, strict=True)
         ]
         wanted = {s.content for prompt in prompts for s in prompt if isinstance(s, Known)}

@@ -10,16 +10,12 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
 
 from gist_rag.errors import BadInput, GistRagError
+from gist_rag.modes import OnMiss
 from gist_rag.types import Passage
 
 logger = logging.getLogger(__name__)
-
-OnMiss: TypeAlias = Literal["ignore", "background", "inline"]
-"""``ignore``: read it as text; ``background``: as text now and compress it meanwhile; ``inline``:
-compress it first."""
 
 QUEUE = 1024
 """Passages that may wait for the background thread; more are not taken."""

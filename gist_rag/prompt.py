@@ -44,6 +44,9 @@ class Known:
     text: str
 
 
+SEARCHED = ("system", "user", "tool")
+"""Roles in whose messages passages are looked for; what the model said itself stays text."""
+
 Segment: TypeAlias = Text | Known
 Segments: TypeAlias = Sequence[Segment]
 
@@ -63,7 +66,7 @@ def split_messages(
     messages: Sequence[Message],
     find: Callable[[str], Sequence[Found]],
     render: Callable[[list[Message]], str],
-    roles: Collection[str] = ("system", "user", "tool"),
+    roles: Collection[str] = SEARCHED,
 ) -> list[Segment]:
     """Render a conversation and split the prompt around its known passages.
 

@@ -31,8 +31,12 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
         5,
         frozenset({"gist_rag.errors", "gist_rag.types", "gist_rag.windows"}),
     ),
+    "gist_rag.modes": (1, frozenset()),
     "gist_rag.models": (3, frozenset({"gist_rag.errors"})),
-    "gist_rag.priming": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
+    "gist_rag.priming": (
+        3,
+        frozenset({"gist_rag.types", "gist_rag.errors", "gist_rag.modes"}),
+    ),
     "gist_rag.prompt": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
     "gist_rag.retrieval": (
         3,
@@ -133,6 +137,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.layout",
                 "gist_rag.matching",
                 "gist_rag.models",
+                "gist_rag.modes",
                 "gist_rag.reader",
                 "gist_rag.priming",
                 "gist_rag.prompt",
@@ -191,6 +196,7 @@ PUBLIC = {
     "gist_rag.engine",
     "gist_rag.errors",
     "gist_rag.models",
+    "gist_rag.modes",
     "gist_rag.tools",
     "gist_rag.types",
 }

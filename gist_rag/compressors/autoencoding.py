@@ -14,7 +14,7 @@ from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 from gist_rag.backbone import Backbone
 from gist_rag.compressors.base import CompressorConfig, Lesson, TrainedCompressor, TrainedConfig
 from gist_rag.layout import Layout, window_ends
-from gist_rag.losses import cross_entropy, distill, token_importance
+from gist_rag.losses import cross_entropy, token_importance
 from gist_rag.types import GistState
 
 MAX_AE_TOKENS = 1024
@@ -91,13 +91,13 @@ class Autoencoding(TrainedCompressor):
 
     def losses(self, lesson: Lesson) -> dict[str, Tensor]:
         assert lesson.closed is not None
-        targets, weights = lesson.targets, lesson.weights
-        importance = weights * token_importance(
+        targets = lesson.targets
+        importance = lesson.weights * token_importance(
             lesson.teacher, lesson.closed, targets, self.config.gamma
         )
         importance = importance / importance.sum()
         return {
-            "kl": (distill(lesson.teacher, lesson.student) * weights).sum(),
+            "kl": super().losses(lesson)["kl"],
             "ce": (cross_entropy(lesson.student, targets) * importance).sum(),
             "ae": self.reconstruction(lesson.states, lesson.passages),
         }

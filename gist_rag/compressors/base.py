@@ -383,6 +383,14 @@ class TrainedCompressor(Compressor):
     def embeddings(self) -> Tensor | None:
         return self.gists
 
+    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
+        """``kl``, ``ce``, and ``lm`` (``language_loss``) for methods that weigh it."""
+        terms = super().losses(lesson)
+        if "lm" in self.loss_weights:
+            layouts = [self.layout(ids) for ids in lesson.passages]
+            terms["lm"] = self.language_loss(lesson.hidden[-1], lesson.passages, layouts)
+        return terms
+
     def adapted(self, rows: Tensor | None = None) -> AbstractContextManager[None]:
         return self.lora.active(rows if self.config.adapt == "gists" else None)
 

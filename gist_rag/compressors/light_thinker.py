@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gist_rag.backbone import forget
-from gist_rag.compressors.base import CompressorConfig, Lesson, TrainedCompressor, TrainedConfig
+from gist_rag.compressors.base import CompressorConfig, TrainedCompressor, TrainedConfig
 from gist_rag.errors import ContextOverflow
 from gist_rag.layout import Layout, unit_ends, unit_slots
 
@@ -104,11 +104,6 @@ class LightThinker(TrainedCompressor):
         itself = torch.arange(len(layout))
         blind = layout.source == -1 - CONTINUE
         return replace(layout, local_from=torch.where(blind, itself, layout.local_from))
-
-    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
-        layouts = [self.layout(ids) for ids in lesson.passages]
-        lm = self.language_loss(lesson.hidden[-1], lesson.passages, layouts)
-        return {**super().losses(lesson), "lm": lm}
 
     @torch.no_grad()
     def decode(

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from gist_rag.compressors.base import CompressorConfig, Lesson, TrainedCompressor, TrainedConfig
+from gist_rag.compressors.base import CompressorConfig, TrainedCompressor, TrainedConfig
 from gist_rag.layout import Layout, unit_ends, unit_slots
 
 SENTENCE_END = r"[.!?]+[\"')\]]*(?=\s)|\n"
@@ -83,8 +83,3 @@ class SentenceAnchored(TrainedCompressor):
             place="own",
             prefix=config.sinks,
         )
-
-    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
-        layouts = [self.layout(ids) for ids in lesson.passages]
-        lm = self.language_loss(lesson.hidden[-1], lesson.passages, layouts)
-        return {**super().losses(lesson), "lm": lm}

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from gist_rag.compressors.base import CompressorConfig, Lesson, TrainedCompressor, TrainedConfig
+from gist_rag.compressors.base import CompressorConfig, TrainedCompressor, TrainedConfig
 from gist_rag.layout import Layout, window_ends
 
 
@@ -72,8 +72,3 @@ class UniGist(TrainedCompressor):
             reach=round(config.window / config.ratio),
             prefix=config.sinks,
         )
-
-    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
-        layouts = [self.layout(ids) for ids in lesson.passages]
-        lm = self.language_loss(lesson.hidden[-1], lesson.passages, layouts)
-        return {**super().losses(lesson), "lm": lm}

@@ -8,7 +8,7 @@ from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Self, TypedDict
 
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseLanguageModel, LangSmithParams
@@ -19,13 +19,11 @@ from rich.progress import Progress
 from gist_rag import __version__
 from gist_rag.errors import BadInput
 from gist_rag.models import DEFAULT_MODEL
+from gist_rag.modes import GistMode, OnMiss
 
 if TYPE_CHECKING:  # these import torch, which importing a LangChain class should not
     from gist_rag import GistEngine, Passage, Sampling
     from gist_rag.engine import Precomputed
-
-GistMode = Literal["auto", "off", "require"]
-OnMiss = Literal["ignore", "background", "inline"]
 
 PROVIDER = "gist_rag"
 

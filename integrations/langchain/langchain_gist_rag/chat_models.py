@@ -36,7 +36,7 @@ from langchain_core.messages.tool import (
 )
 from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableLambda, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
@@ -95,6 +95,20 @@ class ChatGist(GistModel, BaseChatModel):
         prompt = self._prompt(self._convert_input(input).to_messages())
         segments: list[Segment] = self.engine.segments(prompt, **options)
         return segments
+
+    def in_words(self) -> Runnable[LanguageModelInput, list[BaseMessage]]:
+        """A step before another chat model, a remote one too: known passages in the words of their
+        gists (``gist_coco``). A passage stays as it is where its gist has no words."""
+        return RunnableLambda(self._in_words)
+
+    def _in_words(self, input: LanguageModelInput) -> list[BaseMessage]:
+        messages = self._convert_input(input).to_messages()
+        return [
+            m.model_copy(update={"content": self.engine.in_words(m.content)})
+            if isinstance(m.content, str) and m.content and not isinstance(m, AIMessage)
+            else m
+            for m in messages
+        ]
 
     def get_num_tokens_from_messages(
         self,

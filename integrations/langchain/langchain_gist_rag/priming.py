@@ -17,7 +17,8 @@ from langchain_core.runnables import Runnable, RunnableLambda
 from langchain_core.tracers.context import register_configure_hook
 from pydantic import ConfigDict, Field
 
-from langchain_gist_rag._common import OnMiss, to_passages
+from gist_rag.modes import OnMiss
+from langchain_gist_rag._common import to_passages
 
 
 class GistDocumentCompressor(BaseDocumentCompressor):

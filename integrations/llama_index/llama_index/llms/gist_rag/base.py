@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequen
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_index.core.base.llms.generic_utils import (
     messages_to_prompt as generic_messages_to_prompt,
@@ -22,6 +22,7 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
+    TextBlock,
 )
 from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_validator
 from llama_index.core.constants import DEFAULT_NUM_OUTPUTS
@@ -38,17 +39,16 @@ from rich.progress import Progress
 from gist_rag.aio import iterate_in_thread, run_in_thread
 from gist_rag.errors import BadInput
 from gist_rag.models import DEFAULT_MODEL
+from gist_rag.modes import GistMode, OnMiss
 from llama_index.llms.gist_rag.messages import AnswerReader, text_of, to_role, tool_calls_in
 
 if TYPE_CHECKING:  # these import torch, which importing this class should not
     from gist_rag import Answer, GistEngine, Passage, Sampling
     from gist_rag.engine import Precomputed
-    from gist_rag.priming import OnMiss
     from gist_rag.prompt import Segment
     from gist_rag.tools import ToolChoice, ToolFormat
     from gist_rag.types import Message
 
-GistMode = Literal["auto", "off", "require"]
 Response = TypeVar("Response", ChatResponse, CompletionResponse)
 
 
@@ -218,6 +218,21 @@ class GistLLM(FunctionCallingLLM):
         """The prompt split into text and recognised passages, as it would be read."""
         read = prompt if isinstance(prompt, str) else self._prompt(prompt)
         return self.engine.segments(read, gist_mode or self.gist_mode)
+
+    def in_words(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+        """The messages with known passages in the words of their gists, for other LLMs, remote ones
+        too. A passage stays as it is where its gist has no words."""
+        return [
+            m
+            if to_role(m) == "assistant"
+            else m.model_copy(update={"blocks": [self._block_in_words(b) for b in m.blocks]})
+            for m in messages
+        ]
+
+    def _block_in_words(self, block: Any) -> Any:
+        if not isinstance(block, TextBlock) or not block.text:
+            return block
+        return TextBlock(text=self.engine.in_words(block.text))
 
     def why_not(
         self, passage: BaseNode | NodeWithScore | str, prompt: str | Sequence[ChatMessage]

@@ -1,0 +1,14 @@
+"""What users choose by a word. Imports nothing: adapters name it before torch is there."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+GistMode: TypeAlias = Literal["auto", "off", "require", "text"]
+"""``auto``: read known passages as gists; ``off``: read everything as text; ``require``: raise
+``GistsRequired`` when no passage of the prompt has a gist; ``text``: read the words of gists that
+have some, see ``GistEngine.in_words``."""
+
+OnMiss: TypeAlias = Literal["ignore", "background", "inline"]
+"""What happens with a passage without a gist. ``ignore``: read it as text; ``background``: as text
+now and compress it meanwhile; ``inline``: compress it first."""
