@@ -238,7 +238,7 @@ def evaluate(
     arms: Annotated[str, typer.Option(help="Arms to compare, with commas between them.")] = "",
     preset: Preset = None,
     refine_steps: RefineSteps = None,
-    positions: Annotated[str, typer.Option(help="parallel or sequence.")] = "parallel",
+    positions: Annotated[str | None, typer.Option(help="sequence or parallel.")] = None,
     reader: ReaderFolder = None,
     dtype: Dtype = None,
 ) -> None:
@@ -262,9 +262,9 @@ def evaluate(
             "model": model,
             "settings": _given(preset=preset, refine_steps=refine_steps),
             "arms": tuple(filter(None, arms.split(","))),
-            "positions": positions,
             "reader": reader,
             "dtype": dtype,
+            **_given(positions=positions),
         }
         try:
             config = EvaluateConfig.model_validate(options)

@@ -20,8 +20,10 @@ from gist_rag.types import GistState
 from gist_rag_kernels import compose_kv
 
 Positions = Literal["parallel", "sequence"]
-"""``parallel``: passages that stand side by side all start at the same position, so their order
-does not matter and a prompt grows by the longest one only. ``sequence``: one after the other."""
+"""Where passages go that stand side by side. ``sequence``: one after the other, as in the text.
+``parallel``: all start at the same position, so that their order does not matter and a prompt grows
+by the longest one only."""
+DEFAULT_POSITIONS: Positions = "sequence"
 
 
 @dataclass(frozen=True)

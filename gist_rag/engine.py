@@ -28,7 +28,7 @@ from torch import Tensor
 from gist_rag.attention import kernels_of
 from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
 from gist_rag.batching import Batcher
-from gist_rag.compose import Placed, Positions, arrange, compose, place
+from gist_rag.compose import DEFAULT_POSITIONS, Placed, Positions, arrange, compose, place
 from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.compressors.full import Full
 from gist_rag.detokenize import TextStream
@@ -137,7 +137,7 @@ class GistEngine:
         *,
         codec: str = "bf16",
         namespace: str = "",
-        positions: Positions = "parallel",
+        positions: Positions = DEFAULT_POSITIONS,
         reader: Reader | None = None,
         expand: Expand | None = None,
         batch_window_ms: float = 5.0,
@@ -173,7 +173,7 @@ class GistEngine:
         settings: Mapping[str, Any] | None = None,
         codec: str = "bf16",
         namespace: str = "",
-        positions: Positions = "parallel",
+        positions: Positions = DEFAULT_POSITIONS,
         reader: Path | str | None = None,
         expand: Expand | float | None = None,
         dtype: str | None = None,

@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from gist_rag import models
 from gist_rag.backbone import Backbone, Context, Local
 from gist_rag.engine import GistEngine
 from gist_rag.errors import BadInput
+from gist_rag.evaluate.metrics import f1
 from gist_rag.lora import LoRAConfig
+from gist_rag.prompt import rag_messages
 from gist_rag.reader import Reader, load_backbone
+from gist_rag.sample import sample_questions
 from gist_rag.types import Passage, Sampling
 
 ASK = "Question: what is SQLite?"
@@ -142,6 +146,27 @@ def test_the_reader_of_another_model_is_refused(
     other = Backbone(make_model("qwen3"), tokenizer, "tiny-qwen3")
     with pytest.raises(BadInput, match="was trained for tiny-llama, which is not tiny-qwen3"):
         Reader.from_pretrained(tmp_path, other)
+
+
+@pytest.mark.slow
+def test_the_reader_that_ships_answers_in_a_few_words(embedded_backbone: Backbone) -> None:
+    """From the gold passage as text: short, and right more often than the plain model."""
+    [folder] = Path(models.__file__).parent.glob("data/smollm2-135m-rag")
+    shipped = Reader.from_pretrained(folder, embedded_backbone)
+    assert folder.name == models.DEFAULT_RAG_MODEL
+    right = {}
+    for name, reader in (("plain", None), ("reader", shipped)):
+        written = []
+        for question in sample_questions()[:8]:
+            prompt = embedded_backbone.render(rag_messages(question.text, question.gold))
+            ids = embedded_backbone.tokenize(prompt)
+            nothing = Context([embedded_backbone.prefix(ids[:0])], None)
+            opened = embedded_backbone.open(nothing, [Local.after(ids, 0, 0)], reader)
+            written += embedded_backbone.write(opened, 24)
+        answers = [q.answers for q in sample_questions()]
+        right[name] = sum(f1(w, a) for w, a in zip(written, answers, strict=False))
+    assert right["reader"] > right["plain"] + 1
+    assert max(len(text.split()) for text in written) <= 12
 
 
 def test_a_folder_without_a_reader_is_refused(backbone: Backbone, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
-from gist_rag.compose import Placed, Positions, arrange, compose
+from gist_rag.compose import DEFAULT_POSITIONS, Placed, Positions, arrange, compose
 from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.errors import BadInput
 from gist_rag.evaluate import metrics
@@ -58,7 +58,7 @@ class EvaluateConfig(BaseModel):
     dtype: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     arms: tuple[str, ...] = ()
-    positions: Positions = "parallel"
+    positions: Positions = DEFAULT_POSITIONS
 
     @property
     def all_arms(self) -> tuple[str, ...]:

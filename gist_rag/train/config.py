@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from gist_rag.compose import Positions
+from gist_rag.compose import DEFAULT_POSITIONS, Positions
 from gist_rag.compressors import DEFAULT_COMPRESSOR
 from gist_rag.errors import BadInput
 from gist_rag.lora import LoRAConfig
@@ -67,7 +67,7 @@ class TrainConfig(BaseModel):
     compressor: str = DEFAULT_COMPRESSOR
     invocation: str = ""
     reader: str | None = None
-    positions: Positions = "parallel"
+    positions: Positions = DEFAULT_POSITIONS
     steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=8, ge=1)
     questions_per_context: int = Field(default=1, ge=1)
