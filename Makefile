@@ -10,10 +10,14 @@ INSTALL := $(BIN)/pip install --quiet -c constraints-cpu.txt
 GPU_PYTHON ?= $(BIN)/python
 TYPED := gist_rag kernels/gist_rag_kernels integrations
 SERVING := benchmarks/serving/results
+QUALITY := benchmarks/quality/results
+EVALUATE = $(BIN)/gist-rag evaluate --task $(TASK) --dtype bfloat16
+PLAIN = $(EVALUATE) --model smollm2-135m-instruct
 RATIOS := 2 4 8 16
 CONTROLS := truncated strided mean_pooled attention_matching
 COMMA := ,
 REFINED := attention_matching@8,attention_matching@16,attention_matching@32
+EXPANDED := attention_matching@8+1,attention_matching@16+1
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
 EACH := $(foreach r,$(RATIOS),$(foreach c,$(CONTROLS),$(COMMA)$(c)@$(r)))
@@ -40,12 +44,13 @@ bench: .venv/.demo ## time to first token and cost of compressing on this CPU, i
 	mv $(SERVING)/precompute_cpu.json.new $(SERVING)/precompute_cpu.json
 
 quality: .venv/.demo ## evaluate on TASK=FILE, one and five passages, into benchmarks/ (hours on a CPU)
-	for n in 1 5; do $(BIN)/gist-rag evaluate --task $(TASK) --passages $$n --dtype bfloat16 \
-		--arms $(ARMS) --out benchmarks/quality/results/nq_p$${n}_balanced.json; \
-		$(BIN)/gist-rag evaluate --task $(TASK) --passages $$n --dtype bfloat16 --preset thorough \
-		--arms reuse$(COMMA)$(REFINED) --out benchmarks/quality/results/nq_p$${n}_thorough.json; \
-		$(BIN)/gist-rag evaluate --task $(TASK) --passages $$n --dtype bfloat16 --preset best \
-		--arms attention_matching@16 --out benchmarks/quality/results/nq_p$${n}_best.json; done
+	for n in 1 5; do \
+		$(EVALUATE) --passages $$n --arms $(ARMS)$(COMMA)$(EXPANDED) --out $(QUALITY)/rag_p$$n.json; \
+		$(PLAIN) --passages $$n --arms $(ARMS) --out $(QUALITY)/nq_p$${n}_balanced.json; \
+		$(PLAIN) --passages $$n --preset thorough --arms reuse$(COMMA)$(REFINED) \
+			--out $(QUALITY)/nq_p$${n}_thorough.json; \
+		$(PLAIN) --passages $$n --preset best --arms attention_matching@16 \
+			--out $(QUALITY)/nq_p$${n}_best.json; done
 
 plots: .venv/.dev ## draw pictures and tables from the result files
 	$(BIN)/python benchmarks/plot.py

@@ -43,8 +43,8 @@ class Example:
         before, pieces = rag_pieces(self.question, given, render)
         if pieces:
             return before, pieces
-        _, last, rest = before.rpartition(self.passages[-1]) if self.passages else ("", "", before)
-        return before.removesuffix(rest) if last else "", [rest if last else before]
+        head, last, rest = before.rpartition(self.passages[-1] if self.passages else "\0")
+        return head + last, [rest]
 
 
 class Examples:
