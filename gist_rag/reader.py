@@ -142,10 +142,13 @@ def load_backbone(
     """
     backbone = Backbone(*load_model(model, dtype=dtype, device=device), name=model)
     reader = reader or (model if model in READERS else None)
-    if reader is None:
-        return backbone, None
-    shipped = Path(__file__).with_name("data") / str(reader)
-    return backbone, Reader.from_pretrained(shipped if reader in READERS else reader, backbone)
+    return backbone, None if reader is None else load_reader(reader, backbone)
+
+
+def load_reader(name: Path | str, backbone: Backbone) -> Reader:
+    """A reader that ships, by its alias, or one from a folder."""
+    shipped = Path(__file__).with_name("data") / str(name)
+    return Reader.from_pretrained(shipped if name in READERS else name, backbone)
 
 
 def _key(name: str, letter: str) -> str:

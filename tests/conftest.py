@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from gist_rag.backbone import Backbone
 from gist_rag.compressors import make_compressor
 from gist_rag.engine import GistEngine
-from gist_rag.models import load_model
+from gist_rag.models import DEFAULT_RAG_MODEL, load_model
+from gist_rag.reader import Reader, load_reader
 from gist_rag.sample import sample_passages
 from gist_rag.types import Passage
 
@@ -161,3 +162,9 @@ def tiny_engine(make_engine: Callable[..., GistEngine], passages: list[Passage])
 def embedded_backbone() -> Backbone:
     """The embedded model, SmolLM2-135M-Instruct."""
     return Backbone(*load_model(), name="smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def embedded_reader(embedded_backbone: Backbone) -> Reader:
+    """The reader that ships for it."""
+    return load_reader(DEFAULT_RAG_MODEL, embedded_backbone)

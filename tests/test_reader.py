@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from gist_rag import models
 from gist_rag.backbone import Backbone, Context, Local
 from gist_rag.engine import GistEngine
 from gist_rag.errors import BadInput
@@ -149,13 +148,12 @@ def test_the_reader_of_another_model_is_refused(
 
 
 @pytest.mark.slow
-def test_the_reader_that_ships_answers_in_a_few_words(embedded_backbone: Backbone) -> None:
+def test_the_reader_that_ships_answers_in_a_few_words(
+    embedded_backbone: Backbone, embedded_reader: Reader
+) -> None:
     """From the gold passage as text: short, and right more often than the plain model."""
-    [folder] = Path(models.__file__).parent.glob("data/smollm2-135m-rag")
-    shipped = Reader.from_pretrained(folder, embedded_backbone)
-    assert folder.name == models.DEFAULT_RAG_MODEL
     right = {}
-    for name, reader in (("plain", None), ("reader", shipped)):
+    for name, reader in (("plain", None), ("reader", embedded_reader)):
         written = []
         for question in sample_questions()[:8]:
             prompt = embedded_backbone.render(rag_messages(question.text, question.gold))

@@ -13,6 +13,7 @@ from gist_rag.backbone import Backbone
 from gist_rag.compressors import make_compressor
 from gist_rag.engine import GistEngine
 from gist_rag.models import embedder_folder
+from gist_rag.reader import Reader
 from gist_rag.types import Passage
 
 pytestmark = pytest.mark.slow
@@ -30,11 +31,15 @@ def corpus(passages: list[Passage]) -> list[Passage]:
 
 @pytest.fixture(scope="module")
 def real_engine(
-    embedded_backbone: Backbone, corpus: list[Passage], tmp_path_factory: pytest.TempPathFactory
+    embedded_backbone: Backbone,
+    embedded_reader: Reader,
+    corpus: list[Passage],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[GistEngine]:
-    """The embedded model with gists of the corpus at 4x."""
+    """The embedded model and its reader, with gists of the corpus at 4x."""
     compressor = make_compressor("attention_matching", embedded_backbone, {"ratio": 4})
-    with GistEngine(embedded_backbone, compressor, tmp_path_factory.mktemp("real")) as engine:
+    folder = tmp_path_factory.mktemp("real")
+    with GistEngine(embedded_backbone, compressor, folder, reader=embedded_reader) as engine:
         engine.precompute(corpus)
         yield engine
 
