@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gist_rag.errors import BadInput
+from gist_rag.prompt import rag_messages
 from gist_rag.questions import load_questions
 from gist_rag.train.config import TrainConfig
-from gist_rag.train.data import UNANSWERABLE, Examples
+from gist_rag.train.data import UNANSWERABLE, Example, Examples
 
 QUESTIONS = Path("gist_rag/data/sqlite_questions.jsonl").resolve()
 GOLD = {q.text: q.gold[0] for q in load_questions(QUESTIONS)}
@@ -70,6 +72,43 @@ def test_a_reader_also_sees_no_passages_and_wrong_ones() -> None:
     unanswerable = [e for e in batch if e.answer == UNANSWERABLE]
     assert unanswerable
     assert all(GOLD[e.question] not in e.passages for e in unanswerable)
+
+
+def test_several_questions_are_asked_of_the_same_passages(tmp_path: Path) -> None:
+    passages = [f"Passage {n} says that the answer is {n}." for n in range(6)]
+    rows = [
+        {
+            "id": f"{n}-{k}",
+            "question": f"Question {k} about {n}?",
+            "answers": [str(n)],
+            "passages": [{"text": passages[n], "gold": True}],
+        }
+        for n in range(6)
+        for k in range(3)
+    ]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    batch, _ = examples(data=[file], passages=(2, 2), batch_size=8, questions_per_context=4).batch(
+        0
+    )
+    contexts: dict[tuple[str, ...], list[Example]] = {}
+    for example in batch:
+        contexts.setdefault(example.passages, []).append(example)
+    assert len(batch) == 8
+    assert [len(asked) for asked in contexts.values()] == [4, 4]
+    for held, asked in contexts.items():
+        assert len({e.question for e in asked}) == 4
+        assert all(any(f"answer is {e.answer}." in text for text in held) for e in asked)
+
+
+def test_a_prompt_of_text_alone_is_parted_behind_its_passages() -> None:
+    """So that all questions of the same passages share what stands before."""
+    render = lambda messages: f"<{messages[0]['content']}>"
+    for passages in ((), ("one",), ("one", "two")):
+        example = Example("Why?", "so", passages, range(len(passages)))
+        before, [rest] = example.pieces(render)
+        assert before.endswith(passages[-1] if passages else "")
+        assert before + rest == render(rag_messages("Why?", passages))
 
 
 def test_long_passages_are_left_out() -> None:
