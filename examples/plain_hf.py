@@ -1,6 +1,6 @@
 """Gists without any framework: compress, look at the prompt, answer, compare with text.
 
-python examples/plain_hf.py --model smollm2-135m-instruct     # or a folder, or a Hugging Face id
+python examples/plain_hf.py --model smollm2-135m-rag     # or a folder, or a Hugging Face id
 """
 
 import argparse
