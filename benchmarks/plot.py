@@ -229,7 +229,7 @@ if __name__ == "__main__":
     quality_results = load("quality")
     ttft_results = [r for r in load("serving") if r["file"].startswith("ttft")]
     if quality_results:
-        draw_quality([r for r in quality_results if r["file"].startswith("rag_")])
+        draw_quality([r for r in quality_results if re.fullmatch(r"rag_p\d+.json", r["file"])])
     if ttft_results:
         draw_ttft(ttft_results[-1])
     write_tables(quality_results, ttft_results)
