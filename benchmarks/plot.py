@@ -47,7 +47,7 @@ def draw_quality(results: list[dict[str, Any]]) -> None:
                 if name in COLOURS:
                     preset = result["meta"]["settings"].get("preset", "")
                     own = preset if name == result["meta"]["compressor"] else ""
-                    own = f"{expand} as text" if expand else own
+                    own = f"{expand} read as text" if expand else own
                     label = f"{name}, {own}" if own else name
                     point = (float(ratio or result["meta"]["ratio"]), scores["m_norm"])
                     bounds = (scores["m_norm_low"], scores["m_norm_high"])
@@ -64,9 +64,10 @@ def draw_quality(results: list[dict[str, Any]]) -> None:
         axis.set_title(f"{count} passage{'s' if count > 1 else ''}", fontsize=10)
         axis.set_xlabel("compression ratio (tokens per slot)")
     first = axes if len(counts) == 1 else axes[0]
+    drawn = {line.get_label(): line for axis in figure.axes for line in axis.lines[:-1]}
     first.set_ylabel("share of the text's benefit kept (NLL)")
     first.set_ylim(-0.6, 1.4)
-    first.legend(fontsize=7, loc="lower left")
+    figure.axes[-1].legend(drawn.values(), drawn.keys(), fontsize=7, loc="lower right")
     _save(figure, "quality.svg")
 
 
