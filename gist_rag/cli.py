@@ -204,7 +204,7 @@ def demo(
 
         passages, results = sample_passages(), []
         with _loading(DEFAULT_RAG_MODEL):
-            engine = DemoEngine.from_pretrained(store=store)
+            engine = DemoEngine.from_pretrained(DEFAULT_RAG_MODEL, store)
         with engine:
             with _bar("passages", hidden=as_json) as progress:
                 GistRAG(engine).build(passages, progress=progress)
