@@ -16,8 +16,8 @@ from gist_rag.sample import sample_questions
 from gist_rag.types import Answer, Passage, Sampling
 
 QUESTIONS = ("sqlite-q03", "sqlite-q11", "sqlite-q13")
-"""Picked from those that so small a model answers, also from gists. They show how it works; how
-well it answers is what ``gist-rag evaluate`` measures."""
+"""Picked from those that so small a model answers from text. They show how it works; how well it
+answers is what ``gist-rag evaluate`` measures."""
 RETRIEVED = 2
 MAX_TOKENS = 32
 
