@@ -63,11 +63,11 @@ def draw_quality(results: list[dict[str, Any]]) -> None:
         axis.set_xticks([2, 4, 8, 16, 32], ["2x", "4x", "8x", "16x", "32x"])
         axis.set_title(f"{count} passage{'s' if count > 1 else ''}", fontsize=10)
         axis.set_xlabel("compression ratio (tokens per slot)")
-    first = axes if len(counts) == 1 else axes[0]
+    first, last = figure.axes[0], figure.axes[-1]
     drawn = {line.get_label(): line for axis in figure.axes for line in axis.lines[:-1]}
     first.set_ylabel("share of the text's benefit kept (NLL)")
     first.set_ylim(-0.6, 1.4)
-    figure.axes[-1].legend(drawn.values(), drawn.keys(), fontsize=7, loc="lower right")
+    last.legend(drawn.values(), drawn.keys(), fontsize=7, loc="lower right")
     _save(figure, "quality.svg")
 
 

@@ -1,6 +1,6 @@
 """What expanding on demand costs and gains, from a result file with an arm and the same arm ``+n``.
 
-    python benchmarks/quality/expand.py results/rag_p5_balanced.json --arm attention_matching@8
+    python benchmarks/quality/expand.py results/rag_p5.json --arm attention_matching@8
 
 Every second question chooses the doubt from which on a share of them is read again; the others say
 what that gives. So no question judges a threshold that it has helped to choose.

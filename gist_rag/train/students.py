@@ -119,7 +119,7 @@ class GistStudent(Student):
                 closed = self._read([replace(e, passages=()) for e in examples], answers)
 
         compressor.set_ratio(ratio)
-        texts = list(dict.fromkeys(text for e in examples for text in e.gisted))
+        texts = _gisted(examples)
         passages = [backbone.tokenize(text) for text in texts]
         hidden = compressor.encode(passages)
         states = compressor.distil(hidden, passages)
@@ -211,7 +211,7 @@ class ReaderStudent(Student):
 
     def forward(self, examples: Sequence[Example], ratio: float) -> dict[str, Tensor]:
         answers = [self._answer(e) for e in examples]
-        texts = list(dict.fromkeys(text for e in examples for text in e.gisted))
+        texts = _gisted(examples)
         states: Sequence[GistState] = ()
         if texts:
             with torch.no_grad():
@@ -232,6 +232,11 @@ def make_student(backbone: Backbone, config: TrainConfig, reader: Reader | None 
     if config.method == READER:
         return ReaderStudent(backbone, config)
     return (ThoughtStudent if config.task == "thoughts" else GistStudent)(backbone, config, reader)
+
+
+def _gisted(examples: Sequence[Example]) -> list[str]:
+    """Passages that are read as gists, each once however many questions are asked of it."""
+    return list(dict.fromkeys(text for e in examples for text in e.gisted))
 
 
 def _equal_weights(answers: Sequence[Tensor]) -> Tensor:
