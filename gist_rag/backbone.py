@@ -629,15 +629,15 @@ class Backbone:
         if step.reading is not None:
             arguments["slots"] = step.reading
         with self.lock, step.adapter.active(step.adapted) if step.adapter else nullcontext():
-            out = self.model(
+            out = self.model.model(
                 input_ids=step.ids,
                 position_ids=step.positions,
                 past_key_values=step.cache,
                 use_cache=True,
-                logits_to_keep=num_logits,
                 **arguments,
             )
-        logits: Tensor = out.logits
+        # contiguous: torch would copy the vocabulary's weights for each prompt of a strided batch
+        logits: Tensor = self.model.lm_head(out.last_hidden_state[:, -num_logits:].contiguous())
         return logits
 
 

@@ -37,7 +37,8 @@ class TrainConfig(BaseModel):
         compressor: of those gists.
         invocation: where in a prompt the ``reader`` begins, see ``reader.Reader``.
         reader: alias or folder of the reader that teaches a compressor and reads its gists;
-            default: the one that belongs to ``model``, if there is one.
+            default: the one that belongs to ``model``, if there is one. A ``reader`` goes on from
+            this one, and starts from nothing by default.
         batch_size: questions per step.
         questions_per_context: most of them that are asked of the same passages, which are read or
             compressed once for all of these. The files must hold such questions.

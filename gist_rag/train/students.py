@@ -198,10 +198,12 @@ class ReaderStudent(Student):
 
     reader: Reader
 
-    def __init__(self, backbone: Backbone, config: TrainConfig) -> None:
-        reader = Reader(backbone, config.lora, config.invocation)
+    def __init__(
+        self, backbone: Backbone, config: TrainConfig, start: Reader | None = None
+    ) -> None:
+        reader = start or Reader(backbone, config.lora, config.invocation)
         super().__init__(backbone, config, reader)
-        self.lora = reader
+        self.lora = reader.requires_grad_(True)
         self._compressors = {
             ratio: make_compressor("full", backbone)
             if ratio == 1
@@ -228,9 +230,10 @@ class ReaderStudent(Student):
 
 
 def make_student(backbone: Backbone, config: TrainConfig, reader: Reader | None = None) -> Student:
-    """Who learns in a run; ``reader`` is who reads its gists, and who teaches."""
+    """Who learns in a run; ``reader`` is who reads its gists, and who teaches, or where a reader
+    that was asked for begins."""
     if config.method == READER:
-        return ReaderStudent(backbone, config)
+        return ReaderStudent(backbone, config, reader if config.reader else None)
     return (ThoughtStudent if config.task == "thoughts" else GistStudent)(backbone, config, reader)
 
 
