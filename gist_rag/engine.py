@@ -409,9 +409,17 @@ class GistEngine:
         clock.lap("match_ms")
         segments, fetched = self._fetch(segments, [r.gist_mode for r in requests])
         clock.lap("fetch_ms")
-        sampling = [r.sampling for r in requests]
+        rows = [_Row(self._decode_tokens, r.sampling) for r in requests]
+        alive = [i for i, request in enumerate(requests) if not request.cancelled]
+        if len(alive) < len(requests):
+            unread = Stats(**clock.times_in_all())
+            left = [i for i in range(len(requests)) if i not in alive]
+            yield [(i, Chunk(*rows[i].finish(unread, ()))) for i in left]
+        if not alive:
+            return
+        segments, sampling = [segments[i] for i in alive], [requests[i].sampling for i in alive]
         plans, slots, opened = self._open(segments, fetched.states, sampling, clock)
-        expanded: list[list[int]] = [[] for _ in requests]
+        expanded: list[list[int]] = [[] for _ in alive]
         if self.expand is not None and slots is not None:
             expanded = self.expand.chosen(self.backbone, opened, [len(p.passages) for p in plans])
             if any(expanded):
@@ -419,26 +427,27 @@ class GistEngine:
                 plans, slots, opened = self._open(segments, fetched.states, sampling, clock)
         kernels = "reference" if slots is None else kernels_of(slots)
         steps = self.backbone.go_on(opened, sampling)
-        rows = [_Row(self._decode_tokens, r.sampling) for r in requests]
-        going, stopped = set(range(len(requests))), None
+        going, stopped = dict(enumerate(alive)), None  # rows of the batch and their requests
         with closing(steps):
             while going:
                 pieces: list[tuple[int, Chunk]] = []
-                ended = {i for i in going if requests[i].cancelled}
-                if going - ended:
+                ended = {row for row, i in going.items() if requests[i].cancelled}
+                if going.keys() - ended:
                     tokens = steps.send(stopped)
                     clock.lap("read_ms", "first_token_ms")
-                    for i in sorted(going - ended):
-                        if text := rows[i].push(tokens[i], self.backbone.stop_ids):
+                    for row, i in going.items():
+                        if row not in ended and (
+                            text := rows[i].push(tokens[row], self.backbone.stop_ids)
+                        ):
                             pieces.append((i, Chunk(text)))
-                    ended |= {i for i in going if rows[i].over}
-                for i in sorted(ended):
+                    ended |= {row for row, i in going.items() if rows[i].over}
+                for row in sorted(ended):
+                    i = going.pop(row)
                     stats = fetched.stats(
-                        i, plans[i], clock.times_in_all(), kernels, len(expanded[i])
+                        i, plans[row], clock.times_in_all(), kernels, len(expanded[row])
                     )
-                    pieces.append((i, Chunk(*rows[i].finish(stats, plans[i].passages))))
-                going -= ended
-                stopped = set(range(len(requests))) - going
+                    pieces.append((i, Chunk(*rows[i].finish(stats, plans[row].passages))))
+                stopped = set(range(len(alive))) - going.keys()
                 yield pieces
 
     # ---- the steps of the query path

@@ -15,7 +15,7 @@ import torch
 from gist_rag.attention import attend
 from gist_rag.backbone import Backbone
 from gist_rag.compressors import make_compressor
-from gist_rag.engine import GistEngine
+from gist_rag.engine import GistEngine, Request
 from gist_rag.errors import (
     BadInput,
     ContextOverflow,
@@ -175,6 +175,53 @@ def test_cancelling_stops_between_tokens(tiny_engine: GistEngine, passages: list
     assert chunks[-1].answer is not None
     assert chunks[-1].answer.finish_reason == "cancelled"
     assert chunks[-1].answer.num_tokens < 20
+
+
+@pytest.fixture
+def forward_passes(tiny_engine: GistEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts each forward pass of the model reads from here on."""
+    tiny_engine.check_model()
+    sizes: list[int] = []
+    forward = tiny_engine.backbone._forward
+
+    def counted(step: Any, num_logits: int) -> Any:
+        sizes.append(len(step.ids))
+        return forward(step, num_logits)
+
+    monkeypatch.setattr(tiny_engine.backbone, "_forward", counted)
+    return sizes
+
+
+def test_a_request_that_was_cancelled_before_is_not_read(
+    tiny_engine: GistEngine, passages: list[Passage], forward_passes: list[int]
+) -> None:
+    cancel = threading.Event()
+    cancel.set()
+    answer = tiny_engine.generate(ask(passages[:2]), SHORT, cancel=cancel)
+    [chunk] = tiny_engine.stream(ask(passages[:2]), SHORT, cancel=cancel)
+    assert chunk.answer is not None
+    for ended in (answer, chunk.answer):
+        assert (ended.text, ended.finish_reason, ended.num_tokens) == ("", "cancelled", 0)
+        assert (ended.stats.input_tokens, list(ended.passages)) == (0, [])
+    assert forward_passes == []
+
+
+def test_the_cancelled_of_a_batch_are_dropped_before_it_is_read(
+    tiny_engine: GistEngine, passages: list[Passage], forward_passes: list[int]
+) -> None:
+    prompts = [ask(passages[i : i + 2]) for i in range(4)]
+    alone = [tiny_engine.generate(prompt, SHORT) for prompt in prompts]
+    forward_passes.clear()
+    gone = threading.Event()
+    gone.set()
+    cancels = [gone, None, gone, None]
+    pairs = zip(prompts, cancels, strict=True)
+    requests = [Request(prompt, SHORT, cancel=cancel) for prompt, cancel in pairs]
+    answers = dict(ready for step in tiny_engine._answer(requests) for ready in step)
+    assert [answers[i].finish_reason for i in (0, 2)] == ["cancelled"] * 2
+    assert [answers[i].text for i in (1, 3)] == [alone[i].text for i in (1, 3)]
+    assert [answers[i].passages for i in (1, 3)] == [alone[i].passages for i in (1, 3)]
+    assert set(forward_passes) == {2}
 
 
 def test_closing_a_stream_ends_it(tiny_engine: GistEngine) -> None:
