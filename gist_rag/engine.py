@@ -59,6 +59,7 @@ from gist_rag.types import (
     Passage,
     Sampling,
     Stats,
+    content_key,
 )
 
 logger = logging.getLogger(__name__)
@@ -520,6 +521,22 @@ class GistEngine:
             for segments in prompts
         ]
 
+    def why_not(self, passage: str, prompt: str | Sequence[Message]) -> str:
+        """One sentence for the user who asks why a passage of a prompt was read as text, or where
+        it stands if it was not."""
+        read, said = _texts(prompt)
+        content, find = content_key(passage), self.matcher.find
+        stands = lambda texts: any(m.content == content for text in texts for m in find(text))
+        if stands(said) and not stands(read):
+            return "stands in a message of the model, and those are read as text"
+        if stands(read):
+            segments = self.segments(prompt)
+            if Known(content, segments[-1].text) == segments[-1]:
+                return "ends the prompt: the model must read some text before it answers"
+            if not any(isinstance(s, Known) and s.content == content for s in segments):
+                return "found, but the chat template rewrites its message"
+        return self.matcher.why_not(passage, "\n\n".join(read))
+
     @property
     def tool_format(self) -> ToolFormat:
         """How this model writes tool calls."""
@@ -782,6 +799,16 @@ def _split_text(prompt: str, matches: Sequence[Any]) -> list[Segment]:
         ]
         at = match.end
     return merge([*segments, Text(prompt[at:])])
+
+
+def _texts(prompt: str | Sequence[Message]) -> tuple[list[str], list[str]]:
+    """The texts of a prompt in which passages are looked for, and the others."""
+    if isinstance(prompt, str):
+        return [prompt], []
+    read, said = [], []
+    for message in prompt:
+        (read if message["role"] in SEARCHED else said).append(message["content"])
+    return read, said
 
 
 def _as_text(segments: Sequence[Segment], places: Collection[int]) -> list[Segment]:

@@ -12,3 +12,19 @@ have some, see ``GistEngine.in_words``."""
 OnMiss: TypeAlias = Literal["ignore", "background", "inline"]
 """What happens with a passage without a gist. ``ignore``: read it as text; ``background``: as text
 now and compress it meanwhile; ``inline``: compress it first."""
+
+NAMES_ENGINE = (
+    "model_name",
+    "store",
+    "compressor",
+    "ratio",
+    "settings",
+    "codec",
+    "namespace",
+    "reader",
+    "expand",
+    "dtype",
+    "device",
+)
+"""Fields of an adapter that say which engine reads: what ``GistEngine.from_pretrained`` takes, its
+``model`` first."""

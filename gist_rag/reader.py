@@ -8,8 +8,10 @@ that is filled. The folder of a reader is a PEFT adapter, which peft reads in th
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,6 +47,16 @@ class Reader(LoRA):
         self.invocation = backbone.tokenize(invocation or backbone.opening)
         if not len(self.invocation):
             raise BadInput(f"{backbone.name} has no chat template; say where an answer begins")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over settings, invocation and weights; what answers depend on beside gists."""
+        settings = [self.config.model_dump(mode="json"), self.invocation.tolist()]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for name, weight in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def begins(self, input_ids: Tensor) -> int:
         """Place of the last invocation in ``(Q,)`` tokens; ``Q`` where there is none."""

@@ -139,6 +139,30 @@ def test_a_prompt_is_counted_as_it_is_read(
     assert tiny_engine.count(prompt, "off") > 2 * stats.input_tokens
 
 
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (lambda text: ask([Passage(text)]), "found at characters"),
+        (lambda text: [*ask([]), {"role": "assistant", "content": text}], "message of the model"),
+        (lambda text: ask([Passage(text.lower())]), "does not occur"),
+        (lambda text: f"Continue: {text}", "ends the prompt"),
+    ],
+    ids=["read", "said", "changed", "last"],
+)
+def test_why_a_passage_is_not_read_as_a_gist(
+    tiny_engine: GistEngine, passages: list[Passage], write: Any, reason: str
+) -> None:
+    assert reason in tiny_engine.why_not(passages[0].text, write(passages[0].text))
+
+
+def test_a_template_that_rewrites_its_messages_is_the_reason(
+    tiny_engine: GistEngine, passages: list[Passage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    render = tiny_engine.backbone.render
+    monkeypatch.setattr(tiny_engine.backbone, "render", lambda *a, **kw: render(*a, **kw).upper())
+    assert "rewrites" in tiny_engine.why_not(passages[0].text, ask(passages[:1]))
+
+
 def test_the_prefix_is_read_once(
     tiny_engine: GistEngine, passages: list[Passage], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from pydantic import ValidationError
 
 from gist_rag.errors import BadInput, GistsRequired
+from gist_rag.expand import Expand
 from langchain_gist_rag import ChatGist, GistLLM, _common
 
 QUESTION = "When does a COMMIT occur?"
@@ -375,13 +376,14 @@ def test_copy_with_another_ratio_has_an_engine_of_its_own() -> None:
 def test_cached_answers_are_kept_apart_by_gist_mode_and_engine(
     llm: ChatGist, both: str, prompts: Any, make_engine: Any
 ) -> None:
-    other = make_engine(settings={"ratio": 8})
+    other, doubting = make_engine(settings={"ratio": 8}), make_engine(expand=Expand(doubt=99.0))
     cache = InMemoryCache()
     auto = ChatGist(engine=llm.engine, cache=cache, max_tokens=4)
     off = ChatGist(engine=llm.engine, cache=cache, max_tokens=4, gist_mode="off")
-    for model in (auto, auto, off, ChatGist(engine=other, cache=cache, max_tokens=4)):
+    others = [ChatGist(engine=e, cache=cache, max_tokens=4) for e in (other, doubting)]
+    for model in (auto, auto, off, *others):
         model.invoke(both)
-    assert len(cache._cache) == 3
+    assert len(cache._cache) == 4
     assert len(prompts.gists) == 2  # the second answer came from the cache
 
 
@@ -429,6 +431,13 @@ def test_explain_shows_what_would_be_read(llm: ChatGist, both: str) -> None:
     kinds = [type(segment).__name__ for segment in llm.explain([("human", both)])]
     assert kinds == ["Text", "Known", "Text", "Known", "Text"]
     assert len(llm.explain(both, gist_mode="off")) == 1
+
+
+def test_why_not_names_the_reason(llm: ChatGist, both: str, documents: Any, engine: Any) -> None:
+    assert "found at" in llm.why_not(documents[0], both)
+    assert "model" in llm.why_not(documents[0], [AIMessage(both), HumanMessage(QUESTION)])
+    assert "not indexed" in llm.why_not(documents[0].page_content + " And more.", both)
+    assert "too short" in GistLLM(engine=engine).why_not("Short.", both)
 
 
 # ---- text completion

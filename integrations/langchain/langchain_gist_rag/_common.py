@@ -19,27 +19,15 @@ from rich.progress import Progress
 from gist_rag import __version__
 from gist_rag.errors import BadInput
 from gist_rag.models import DEFAULT_MODEL
-from gist_rag.modes import GistMode, OnMiss
+from gist_rag.modes import NAMES_ENGINE, GistMode, OnMiss
 
 if TYPE_CHECKING:  # these import torch, which importing a LangChain class should not
     from gist_rag import GistEngine, Passage, Sampling
     from gist_rag.engine import Precomputed
+    from gist_rag.types import Message
 
 PROVIDER = "gist_rag"
 
-_NAMES_ENGINE = (
-    "model_name",
-    "store",
-    "compressor",
-    "ratio",
-    "settings",
-    "codec",
-    "namespace",
-    "reader",
-    "expand",
-    "dtype",
-    "device",
-)
 _SAMPLES = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 _CALL_ONLY = ("constraint",)
 _IGNORED = (  # meant for other layers or other providers
@@ -146,7 +134,7 @@ class GistModel(BaseLanguageModel[Any], ABC):
 
     @model_validator(mode="after")
     def _settle_engine(self) -> Self:
-        recipe = {name: getattr(self, name) for name in _NAMES_ENGINE}
+        recipe = {name: getattr(self, name) for name in NAMES_ENGINE}
         if isinstance(self.engine, LazyEngine | None):
             if self.engine is None or self.engine.recipe != recipe:
                 self.engine = LazyEngine(recipe)
@@ -174,10 +162,14 @@ class GistModel(BaseLanguageModel[Any], ABC):
         if isinstance(self.engine, LazyEngine):
             identity = {name: str(value) for name, value in self.engine.recipe.items()}
         else:
+            reader = self.engine.reader
             identity = {
                 "model_name": self.model_name,
                 "store": str(self.engine.store.path),
                 "space": self.engine.space,
+                "positions": self.engine.positions,
+                "reader": None if reader is None else reader.fingerprint,
+                "expand": str(self.engine.expand),
             }
         samples = {name: getattr(self, name) for name in _SAMPLES}
         return identity | samples | {"stop": self.stop_sequences, "gist_mode": self.gist_mode}
@@ -206,6 +198,11 @@ class GistModel(BaseLanguageModel[Any], ABC):
         with progress_bar(show_progress) as progress:
             done: Precomputed = self.engine.precompute(to_passages(documents), progress=progress)
         return done
+
+    def _why_not(self, passage: Document | str, prompt: str | Sequence[Message]) -> str:
+        text = passage if isinstance(passage, str) else passage.page_content
+        reason: str = self.engine.why_not(text, prompt)
+        return reason
 
     def _request(
         self, stop: list[str] | None, given: Mapping[str, Any], cancel: threading.Event

@@ -96,6 +96,11 @@ class ChatGist(GistModel, BaseChatModel):
         segments: list[Segment] = self.engine.segments(prompt, **options)
         return segments
 
+    def why_not(self, passage: Document | str, input: LanguageModelInput) -> str:
+        """One sentence that says why a passage of a prompt was read as text, or where it stands."""
+        prompt = self._prompt(self._convert_input(input).to_messages())
+        return self._why_not(passage, prompt)
+
     def in_words(self) -> Runnable[LanguageModelInput, list[BaseMessage]]:
         """A step before another chat model, a remote one too: known passages in the words of their
         gists (``gist_coco``). A passage stays as it is where its gist has no words."""

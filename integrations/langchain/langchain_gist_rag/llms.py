@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.documents import Document
 from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from pydantic import Field
@@ -41,6 +42,10 @@ class GistLLM(GistModel, BaseLLM):
         """
         segments: list[Segment] = self.engine.segments(prompt, **options)
         return segments
+
+    def why_not(self, passage: Document | str, prompt: str) -> str:
+        """One sentence that says why a passage of a prompt was read as text, or where it stands."""
+        return self._why_not(passage, prompt)
 
     def get_num_tokens(self, text: str) -> int:
         """Positions that a prompt takes, recognised passages counted as gists."""

@@ -39,7 +39,7 @@ from rich.progress import Progress
 from gist_rag.aio import iterate_in_thread, run_in_thread
 from gist_rag.errors import BadInput
 from gist_rag.models import DEFAULT_MODEL
-from gist_rag.modes import GistMode, OnMiss
+from gist_rag.modes import NAMES_ENGINE, GistMode, OnMiss
 from llama_index.llms.gist_rag.messages import AnswerReader, text_of, to_role, tool_calls_in
 
 if TYPE_CHECKING:  # these import torch, which importing this class should not
@@ -128,7 +128,7 @@ class GistLLM(FunctionCallingLLM):
 
     def __init__(self, engine: GistEngine | None = None, **fields: Any) -> None:
         if engine is not None:
-            clashes = fields.keys() & _NAMES_ENGINE
+            clashes = fields.keys() & set(NAMES_ENGINE)
             if clashes:
                 raise BadInput(
                     f"engine= brings its own {', '.join(sorted(clashes))}; leave these out"
@@ -150,7 +150,7 @@ class GistLLM(FunctionCallingLLM):
         bare._engine = None  # the base class would pickle the model, to find that it cannot
         return super(GistLLM, bare).__getstate__()
 
-    @field_validator("store", "compressor", mode="before")
+    @field_validator("store", "compressor", "reader", mode="before")
     @classmethod
     def _path_to_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
@@ -239,8 +239,8 @@ class GistLLM(FunctionCallingLLM):
     ) -> str:
         """One sentence that says why a passage of a prompt was read as text, or where it stands."""
         [known] = _passages([passage])
-        read = prompt if isinstance(prompt, str) else "\n\n".join(map(text_of, prompt))
-        return self.engine.matcher.why_not(known.text, read)
+        read = prompt if isinstance(prompt, str) else self._prompt(prompt)
+        return self.engine.why_not(known.text, read)
 
     def count_tokens(self, text: str) -> int:
         """Positions that a piece of a prompt takes: tokens of its text and slots of its gists."""
@@ -442,34 +442,11 @@ class GistLLM(FunctionCallingLLM):
     def _build_engine(self) -> GistEngine:
         from gist_rag import GistEngine
 
-        return GistEngine.from_pretrained(
-            self.model_name,
-            self.store,
-            compressor=self.compressor,
-            ratio=self.ratio,
-            settings=self.settings,
-            codec=self.codec,
-            namespace=self.namespace,
-            reader=self.reader,
-            expand=self.expand,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        model, *others = NAMES_ENGINE
+        named = {name: getattr(self, name) for name in others}
+        return GistEngine.from_pretrained(getattr(self, model), **named)
 
 
-_NAMES_ENGINE = {
-    "model_name",
-    "store",
-    "compressor",
-    "ratio",
-    "settings",
-    "codec",
-    "namespace",
-    "reader",
-    "expand",
-    "dtype",
-    "device",
-}
 _SAMPLES = {"max_tokens", "temperature", "top_p", "top_k", "seed", "stop"}
 _building = threading.Lock()  # not an attribute, as an LLM with a lock could not be copied
 
