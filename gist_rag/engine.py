@@ -413,7 +413,7 @@ class GistEngine:
         rows = [_Row(self._decode_tokens, r.sampling) for r in requests]
         alive = [i for i, request in enumerate(requests) if not request.cancelled]
         if len(alive) < len(requests):
-            unread = Stats(**clock.times_in_all())
+            unread = Stats(total_ms=clock.times_in_all()["total_ms"])
             left = [i for i in range(len(requests)) if i not in alive]
             yield [(i, Chunk(*rows[i].finish(unread, ()))) for i in left]
         if not alive:
@@ -525,8 +525,11 @@ class GistEngine:
         """One sentence for the user who asks why a passage of a prompt was read as text, or where
         it stands if it was not."""
         read, said = _texts(prompt)
-        content, find = content_key(passage), self.matcher.find
-        stands = lambda texts: any(m.content == content for text in texts for m in find(text))
+        content, matcher = content_key(passage), self.matcher
+
+        def stands(texts: Sequence[str]) -> bool:
+            return any(match.content == content for t in texts for match in matcher.find(t))
+
         if stands(said) and not stands(read):
             return "stands in a message of the model, and those are read as text"
         if stands(read):
@@ -535,7 +538,7 @@ class GistEngine:
                 return "ends the prompt: the model must read some text before it answers"
             if not any(isinstance(s, Known) and s.content == content for s in segments):
                 return "found, but the chat template rewrites its message"
-        return self.matcher.why_not(passage, "\n\n".join(read))
+        return matcher.why_not(passage, "\n\n".join(read))
 
     @property
     def tool_format(self) -> ToolFormat:
@@ -805,7 +808,8 @@ def _texts(prompt: str | Sequence[Message]) -> tuple[list[str], list[str]]:
     """The texts of a prompt in which passages are looked for, and the others."""
     if isinstance(prompt, str):
         return [prompt], []
-    read, said = [], []
+    read: list[str] = []
+    said: list[str] = []
     for message in prompt:
         (read if message["role"] in SEARCHED else said).append(message["content"])
     return read, said

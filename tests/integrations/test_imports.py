@@ -27,6 +27,7 @@ def test_import_does_not_load_torch(statement: str) -> None:
     ("hidden", "statement"),
     [
         ("langchain_core", "from langchain_gist_rag import ChatGist"),
+        ("langchain", "from langchain_gist_rag import GistMiddleware"),
         ("llama_index.core", "from llama_index.llms.gist_rag import GistLLM"),
     ],
 )

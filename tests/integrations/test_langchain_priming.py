@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 from langchain.agents import create_agent
-from langchain.agents.middleware import dynamic_prompt
+from langchain.agents.middleware import AgentMiddleware, dynamic_prompt
 from langchain_classic.chains import RetrievalQA, create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_core.documents import Document
+from langchain_core.language_models import FakeMessagesListChatModel
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 from langchain_core.tools import create_retriever_tool, tool
 from langchain_core.vectorstores import VectorStoreRetriever
+from pydantic import BaseModel, Field
 
 from gist_rag.engine import GistEngine
 from gist_rag.models import embedder_folder
@@ -26,6 +28,7 @@ from langchain_gist_rag import (
     ChatGist,
     GistCallbackHandler,
     GistDocumentCompressor,
+    GistMiddleware,
     GistRetriever,
     ensure_gists,
     gist_capture,
@@ -177,6 +180,115 @@ def test_prompt_middleware_needs_a_filled_store(
     agent = create_agent(llm, [], middleware=[with_context])
     agent.invoke({"messages": [("human", QUESTION)]})
     assert hits() == [3]
+
+
+@pytest.mark.parametrize(("by_event", "expected"), [(True, 3), (False, 0)])
+def test_prompt_middleware_that_retrieves_by_event_fills_the_store(
+    llm: ChatGist, vectors: Any, retriever: Any, hits: Hits, by_event: bool, expected: int
+) -> None:
+    """``similarity_search`` fires none: such documents are read as text until they are known."""
+
+    @dynamic_prompt
+    def with_context(request: Any) -> str:
+        question = request.messages[-1].text
+        found = retriever.invoke(question) if by_event else vectors.similarity_search(question, k=3)
+        return f"Answer from:\n\n{join(found)}"
+
+    agent = create_agent(llm, [], middleware=[GistMiddleware(llm), with_context])
+    result = agent.invoke({"messages": [("human", QUESTION)]})
+    assert hits() == [expected]
+    assert result["gist"]["hits"] == expected
+
+
+def test_middleware_that_adds_to_the_question_needs_a_filled_store(
+    llm: ChatGist, vectors: Any, hits: Hits, known: list[Passage]
+) -> None:
+    llm.precompress([p.text for p in known])
+
+    class Context(AgentMiddleware):
+        def before_model(self, state: Any, runtime: Any) -> Any:
+            last = state["messages"][-1]
+            found = join(vectors.similarity_search(last.text, k=3))
+            return {"messages": [HumanMessage(f"{last.text}\n\n{found}\n\nAnswer.", id=last.id)]}
+
+    create_agent(llm, [], middleware=[Context()]).invoke({"messages": [("human", QUESTION)]})
+    assert hits() == [3]
+
+
+class SearchFirst(AgentMiddleware):
+    """Has the model search before it answers, as a larger one does by itself."""
+
+    def _forced(self, request: Any) -> Any:
+        asked = isinstance(request.messages[-1], HumanMessage)
+        return request.override(tool_choice="search" if asked else "none")
+
+    def wrap_model_call(self, request: Any, handler: Any) -> Any:
+        return handler(self._forced(request))
+
+    async def awrap_model_call(self, request: Any, handler: Any) -> Any:
+        return await handler(self._forced(request))
+
+
+class Query(BaseModel):
+    """Short, as a random model does not come to an end."""
+
+    query: str = Field(max_length=20)
+
+
+@pytest.fixture
+def retriever_tool(retriever: Any) -> Any:
+    search = create_retriever_tool(retriever, "search", "Search the documentation.")
+    return search.model_copy(update={"args_schema": Query})
+
+
+@pytest.fixture(params=["retriever tool", "artifact", "one document"])
+def search(request: pytest.FixtureRequest, retriever_tool: Any, vectors: Any) -> Any:
+    """Tools that retrieve, in the ways that LangChain's tutorials do."""
+    if request.param == "retriever tool":
+        return retriever_tool
+
+    @tool(response_format="content_and_artifact", args_schema=Query)
+    def search(query: str) -> Any:
+        """Search the documentation."""
+        found = vectors.similarity_search(query, k=3)
+        if request.param == "one document":
+            return f"Content: {found[0].page_content}", found[0]
+        return "\n\n".join(f"Source: {d.metadata}\nContent: {d.page_content}" for d in found), found
+
+    return search
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+async def test_an_agent_reads_what_its_tool_found_as_gists(
+    empty: GistEngine, search: Any, asynchronous: bool
+) -> None:
+    llm = ChatGist(engine=empty, max_tokens=120, temperature=1.5, seed=4)
+    agent = create_agent(llm, [search], middleware=[GistMiddleware(llm), SearchFirst()])
+    asked: Any = {"messages": [("human", QUESTION)]}
+    result = await agent.ainvoke(asked) if asynchronous else agent.invoke(asked)
+    question, call, found, answer = result["messages"]
+    read = [m.response_metadata["gist"] for m in (call, answer)]
+    passages = 1 if isinstance(found.artifact, Document) else 3
+    assert [report["hits"] for report in read] == [0, passages]
+    assert result["gist"] == {name: sum(report[name] for report in read) for name in result["gist"]}
+    assert (question.text, found.name) == (QUESTION, "search")
+
+
+def test_an_agent_may_compress_meanwhile(empty: GistEngine, retriever_tool: Any) -> None:
+    llm = ChatGist(engine=empty, max_tokens=120, temperature=1.5, seed=4)
+    later = GistMiddleware(llm, on_miss="background")
+    agent = create_agent(llm, [retriever_tool], middleware=[later, SearchFirst()])
+    first = agent.invoke({"messages": [("human", QUESTION)]})
+    assert empty.wait_for_priming(60)
+    again = agent.invoke({"messages": first["messages"][:3], "gist": first["gist"]})
+    assert again["messages"][-1].response_metadata["gist"]["hits"] == 3
+    assert again["gist"]["hits"] == first["gist"]["hits"] + 3
+
+
+def test_an_agent_of_another_model_is_left_alone(empty: GistEngine) -> None:
+    other = FakeMessagesListChatModel(responses=[AIMessage("Yes.")])
+    agent = create_agent(other, [], middleware=[GistMiddleware(empty)])
+    assert "gist" not in agent.invoke({"messages": [("human", QUESTION)]})
 
 
 def test_retriever_tool_and_handler(llm: ChatGist, retriever: Any, hits: Hits) -> None:

@@ -17,6 +17,7 @@ from gist_rag import __version__
 from gist_rag.errors import MissingExtra
 
 if TYPE_CHECKING:
+    from langchain_gist_rag.agents import GistMiddleware
     from langchain_gist_rag.chat_models import ChatGist
     from langchain_gist_rag.llms import GistLLM
     from langchain_gist_rag.priming import (
@@ -32,16 +33,20 @@ _HOMES = {
     "GistCallbackHandler": "priming",
     "GistDocumentCompressor": "priming",
     "GistLLM": "llms",
+    "GistMiddleware": "agents",
     "GistRetriever": "retrievers",
     "ensure_gists": "priming",
     "gist_capture": "priming",
 }
+
+_EXTRAS = {"langchain_core": "langchain", "langchain": "agents", "langgraph": "agents"}
 
 __all__ = [
     "ChatGist",
     "GistCallbackHandler",
     "GistDocumentCompressor",
     "GistLLM",
+    "GistMiddleware",
     "GistRetriever",
     "__version__",
     "ensure_gists",
@@ -55,6 +60,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f"langchain_gist_rag.{_HOMES[name]}"), name)
     except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("langchain_core"):
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
             raise
-        raise MissingExtra("langchain-core", "langchain") from error
+        raise MissingExtra(package.replace("_", "-"), _EXTRAS[package]) from error

@@ -159,6 +159,7 @@ class GistModel(BaseLanguageModel[Any], ABC):
 
         A named engine is identified by its names, so that the key does not change when it is built.
         """
+        identity: dict[str, Any]
         if isinstance(self.engine, LazyEngine):
             identity = {name: str(value) for name, value in self.engine.recipe.items()}
         else:
@@ -259,6 +260,13 @@ def to_passages(documents: Iterable[Document | str]) -> list[Passage]:
 
     texts = [(d, "") if isinstance(d, str) else (d.page_content, _source(d)) for d in documents]
     return [Passage(text, id=source) for text, source in texts if text.strip()]
+
+
+def documents_of(message: Any) -> list[Document]:
+    """The documents that a tool handed over beside its text."""
+    found = getattr(message, "artifact", None)
+    found = [found] if isinstance(found, Document) else found
+    return [d for d in found if isinstance(d, Document)] if isinstance(found, Sequence) else []
 
 
 def _source(document: Document) -> str:

@@ -43,7 +43,14 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from gist_rag.aio import iterate_in_thread, run_in_thread
 from gist_rag.errors import BadInput
-from langchain_gist_rag._common import PROVIDER, GistModel, LazyEngine, Request, to_passages
+from langchain_gist_rag._common import (
+    PROVIDER,
+    GistModel,
+    LazyEngine,
+    Request,
+    documents_of,
+    to_passages,
+)
 
 if TYPE_CHECKING:
     from gist_rag import Answer
@@ -313,7 +320,7 @@ class ChatGist(GistModel, BaseChatModel):
         schema = _schema(given.pop("response_format", None))
         parallel = given.pop("parallel_tool_calls", self.parallel_tool_calls)
         request = self._request(stop, given, cancel)
-        if documents := [d for message in messages for d in _documents(message)]:
+        if documents := [d for message in messages for d in documents_of(message)]:
             self.engine.prime(to_passages(documents), self.on_miss)
         prompt = self._prompt(messages)
         if schema is not None:
@@ -463,13 +470,6 @@ def _schema(response_format: Any) -> dict[str, Any] | None:
     raise BadInput(
         f"response_format is {response_format!r}; its type must be json_schema, json_object or text"
     )
-
-
-def _documents(message: BaseMessage) -> list[Document]:
-    """The documents that a tool handed over beside its text."""
-    found = message.artifact if isinstance(message, ToolMessage) else None
-    found = [found] if isinstance(found, Document) else found
-    return [d for d in found if isinstance(d, Document)] if isinstance(found, Sequence) else []
 
 
 def _finish_reason(answer: Answer, called: bool) -> str:

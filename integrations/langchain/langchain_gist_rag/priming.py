@@ -18,7 +18,7 @@ from langchain_core.tracers.context import register_configure_hook
 from pydantic import ConfigDict, Field
 
 from gist_rag.modes import OnMiss
-from langchain_gist_rag._common import to_passages
+from langchain_gist_rag._common import documents_of, to_passages
 
 
 class GistDocumentCompressor(BaseDocumentCompressor):
@@ -70,9 +70,7 @@ class GistCallbackHandler(BaseCallbackHandler):
 
     def on_tool_end(self, output: Any, **_: Any) -> None:
         """A tool returned; documents may stand beside its text."""
-        artifact = getattr(output, "artifact", None)
-        if isinstance(artifact, list | tuple):
-            prime(self.llm, [d for d in artifact if isinstance(d, Document)], self.on_miss)
+        prime(self.llm, documents_of(output), self.on_miss)
 
 
 @contextmanager
