@@ -438,47 +438,10 @@ class Backbone:
         context: Context,
         texts: Sequence[Local],
         adapter: Adapter | None = None,
-        *,
-        watch: bool = False,
     ) -> Opened:
-        """Read a batch of prompts up to their first token.
-
-        Args:
-            watch: keep what ``attention_shares`` needs.
-        """
+        """Read a batch of prompts up to their first token."""
         step = self._start(context, texts, adapter)
-        stream: list[Tensor] = []
-        with self.lock, _recorded(self.layers, stream, last=True) if watch else nullcontext():
-            logits = self._forward(step, 1)
-        return Opened(step, logits, torch.stack(stream) if watch else None)
-
-    @torch.no_grad()
-    def attention_shares(self, opened: Opened) -> Tensor:
-        """How much each prompt's last token looks at each of its passages.
-
-        Returns:
-            ``(B, P)``: shares of its attention, means over layers and query heads; 0 where a prompt
-            has fewer passages than ``P``.
-        """
-        step, reading = opened.step, opened.step.reading
-        assert opened.residual is not None
-        assert reading is not None
-        slots, batch = reading.slots, len(step.ids)
-        shares = torch.zeros(batch, int(slots.order.max()) + 1, device=self.device)
-        with step.adapter.active(step.adapted[:, -1:]) if step.adapter else nullcontext():
-            queries = self.project_queries(opened.residual[:-1], step.positions[:, -1:])
-        for index, query in enumerate(queries):  # (B, H, G, D)
-            keys, _, _, order = slots.layer(index)  # (B, H, N, D), (B, H, N)
-            if not keys.shape[2]:
-                continue
-            far = query @ keys.float().mT * self.scaling
-            far = far + slots.visible_bias(index, None)
-            near = query @ step.cache.layers[index].keys.float().mT * self.scaling
-            if step.visible is not None:
-                near = near.masked_fill(~step.visible[:, None, None], -torch.inf)
-            read = torch.cat((far, near), -1).softmax(-1)[..., : keys.shape[2]].mean(2)
-            shares.scatter_add_(1, order.flatten(1).long(), read.flatten(1))
-        return shares / (self.num_layers * self.num_heads)
+        return Opened(step, self._forward(step, 1))
 
     @torch.no_grad()
     def go_on(
@@ -679,12 +642,10 @@ class Opened:
 
     Attributes:
         logits: ``(B, 1, V)`` of the first tokens.
-        residual: ``(L + 1, B, 1, E)`` residual streams of the last tokens, where watched.
     """
 
     step: _Step
     logits: Tensor
-    residual: Tensor | None
 
     @property
     def entropy(self) -> Tensor:
@@ -701,22 +662,18 @@ def forget(cache: DynamicCache, first: int, last: int) -> None:
 
 
 @contextmanager
-def _recorded(layers: Sequence[Any], stream: list[Tensor], last: bool = False) -> Iterator[None]:
-    """Append each layer's input, then the last layer's output, to ``stream``; of the ``last``
-    token alone where no more is wanted.
+def _recorded(layers: Sequence[Any], stream: list[Tensor]) -> Iterator[None]:
+    """Append each layer's input, then the last layer's output, to ``stream``.
 
     ``output_hidden_states`` of transformers gives the last one after the final norm, which no
     layer projection can use.
     """
 
-    def keep(states: Tensor) -> None:
-        stream.append(states[:, -1:].clone() if last else states)
-
     def enter(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        keep(args[0] if args else kwargs["hidden_states"])
+        stream.append(args[0] if args else kwargs["hidden_states"])
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-        keep(output if isinstance(output, Tensor) else output[0])
+        stream.append(output if isinstance(output, Tensor) else output[0])
 
     hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
     hooks.append(layers[-1].register_forward_hook(leave))

@@ -17,7 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -40,7 +40,7 @@ from gist_rag.errors import (
     StoreLocked,
     StoreWriteError,
 )
-from gist_rag.expand import Expand
+from gist_rag.focus import Expand, Focus, log_likelihoods
 from gist_rag.layout import Slots
 from gist_rag.matching import PassageMatcher
 from gist_rag.models import DEFAULT_MODEL
@@ -125,6 +125,7 @@ class GistEngine:
         namespace: tenant; gists of another namespace are never read.
         positions: where passages that stand side by side go, see ``compose.Positions``.
         reader: who answers, where that is not the plain backbone; gists do not depend on it.
+        focus: how many of its passages a prompt reads; default: all.
         expand: when passages are read as text after all; default: never.
         batch_window_ms: how long ``generate`` waits for other threads that ask too, to answer all
             in one batch; 0 for not at all.
@@ -140,11 +141,13 @@ class GistEngine:
         namespace: str = "",
         positions: Positions = DEFAULT_POSITIONS,
         reader: Reader | None = None,
+        focus: Focus | None = None,
         expand: Expand | None = None,
         batch_window_ms: float = 5.0,
     ) -> None:
         self.backbone = backbone
         self.reader = reader
+        self.focus = focus
         self.expand = expand
         self.compressor = compressor
         self.codec = codec
@@ -176,6 +179,7 @@ class GistEngine:
         namespace: str = "",
         positions: Positions = DEFAULT_POSITIONS,
         reader: Path | str | None = None,
+        focus: Focus | int | None = None,
         expand: Expand | float | None = None,
         dtype: str | None = None,
         device: str | None = None,
@@ -190,6 +194,7 @@ class GistEngine:
             ratio: tokens per slot, short for ``settings={"ratio": ...}``.
             settings: the compressor's settings, for example ``{"preset": "best"}``.
             reader: alias or folder of a trained reader; default: the one that belongs to ``model``.
+            focus: see ``GistEngine``; a number is short for ``Focus(passages=...)``.
             expand: see ``GistEngine``; a number is short for ``Expand(doubt=...)``.
             dtype, device: see ``models.load_model``.
         """
@@ -203,6 +208,7 @@ class GistEngine:
             namespace=namespace,
             positions=positions,
             reader=answers,
+            focus=Focus(focus) if isinstance(focus, int) else focus,
             expand=Expand(expand) if isinstance(expand, int | float) else expand,
         )
 
@@ -419,13 +425,12 @@ class GistEngine:
         if not alive:
             return
         segments, sampling = [segments[i] for i in alive], [requests[i].sampling for i in alive]
+        segments, left_out = self._focus(segments, fetched.states)
+        clock.lap("focus_ms")
         plans, slots, opened = self._open(segments, fetched.states, sampling, clock)
-        expanded: list[list[int]] = [[] for _ in alive]
-        if self.expand is not None and slots is not None:
-            expanded = self.expand.chosen(self.backbone, opened, [len(p.passages) for p in plans])
-            if any(expanded):
-                segments = [_as_text(s, e) for s, e in zip(segments, expanded, strict=True)]
-                plans, slots, opened = self._open(segments, fetched.states, sampling, clock)
+        segments, expanded = self._expand(segments, fetched.states, opened)
+        if any(expanded):
+            plans, slots, opened = self._open(segments, fetched.states, sampling, clock)
         kernels = "reference" if slots is None else kernels_of(slots)
         steps = self.backbone.go_on(opened, sampling)
         going, stopped = dict(enumerate(alive)), None  # rows of the batch and their requests
@@ -444,8 +449,10 @@ class GistEngine:
                     ended |= {row for row, i in going.items() if rows[i].over}
                 for row in sorted(ended):
                     i = going.pop(row)
-                    stats = fetched.stats(
-                        i, plans[row], clock.times_in_all(), kernels, len(expanded[row])
+                    stats = replace(
+                        fetched.stats(i, plans[row], clock.times_in_all(), kernels),
+                        expanded=expanded[row],
+                        left_out=left_out[row],
                     )
                     pieces.append((i, Chunk(*rows[i].finish(stats, plans[row].passages))))
                 stopped = set(range(len(alive))) - going.keys()
@@ -467,9 +474,61 @@ class GistEngine:
         prefixes = [self._prefix(plan.prefix) for plan in plans]
         slots = compose([plan.placed for plan in plans], self.backbone)
         clock.lap("compose_ms")
-        watch = self.expand is not None and slots is not None
-        context = Context(prefixes, slots)
-        return plans, slots, self.backbone.open(context, texts, self.reader, watch=watch)
+        return plans, slots, self.backbone.open(Context(prefixes, slots), texts, self.reader)
+
+    def _focus(
+        self, prompts: Sequence[list[Segment]], states: Mapping[str, GistState]
+    ) -> tuple[list[list[Segment]], list[int]]:
+        """Prompts with the passages that matter, and how many of the others each had."""
+        focused, left_out = list(prompts), [0] * len(prompts)
+        if self.focus is None:
+            return focused, left_out
+        many = [i for i, p in enumerate(prompts) if _num_known(p) > self.focus.passages]
+        likelihoods = self._likelihoods([prompts[i] for i in many], states)
+        for i, found in zip(many, likelihoods, strict=True):
+            chosen = self.focus.chosen(found)
+            focused[i] = _with_only(prompts[i], chosen)
+            left_out[i] = len(found) - len(chosen)
+        return focused, left_out
+
+    def _expand(
+        self, prompts: Sequence[list[Segment]], states: Mapping[str, GistState], opened: Opened
+    ) -> tuple[list[list[Segment]], list[int]]:
+        """Prompts with passages as text where there is doubt, and how many of these each has."""
+        expanded, as_text = list(prompts), [0] * len(prompts)
+        if self.expand is None:
+            return expanded, as_text
+        doubtful = [
+            i
+            for i, doubt in enumerate(self.expand.doubtful(opened))
+            if doubt and _num_known(prompts[i])
+        ]
+        likelihoods = self._likelihoods([prompts[i] for i in doubtful], states)
+        for i, found in zip(doubtful, likelihoods, strict=True):
+            chosen = self.expand.chosen(found)
+            expanded[i], as_text[i] = _as_text(prompts[i], chosen), len(chosen)
+        return expanded, as_text
+
+    def _likelihoods(
+        self, prompts: Sequence[Sequence[Segment]], states: Mapping[str, GistState]
+    ) -> Sequence[Tensor]:
+        """Per prompt and passage ``(P,)``, how likely it alone makes what follows all passages."""
+        sizes = [_num_known(prompt) for prompt in prompts]
+        if not sum(sizes):
+            return []
+        alone = [
+            self._plan(_with_only(prompt, [place]), states)
+            for prompt, size in zip(prompts, sizes, strict=True)
+            for place in range(size)
+        ]
+        counts = torch.tensor([len(self.backbone.tokenize(prompt[-1].text)) for prompt in prompts])
+        return log_likelihoods(
+            self.backbone,
+            [self._prefix(plan.prefix) for plan in alone],
+            [plan.placed for plan in alone],
+            [plan.text for plan in alone],
+            counts.repeat_interleave(torch.tensor(sizes)).tolist(),
+        ).split(sizes)
 
     def segments(
         self, prompt: Prompt, gist_mode: GistMode = "auto", tools: Sequence[Any] | None = None
@@ -615,11 +674,11 @@ class GistEngine:
     def _plan(self, segments: Sequence[Segment], states: Mapping[str, GistState]) -> _Plan:
         """Positions of everything in one prompt.
 
-        Leading text is the prefix. Passages with nothing but whitespace between them stand side by
-        side; that whitespace is left out. Other text is read in one pass at the end, each piece
+        The first text is the prefix. Passages with nothing but whitespace between them stand side
+        by side; that whitespace is left out. Other text is read in one pass at the end, each piece
         seeing the passages before it.
         """
-        first = next((i for i, s in enumerate(segments) if isinstance(s, Known)), 0)
+        first = int(isinstance(segments[0], Text) and _num_known(segments) > 0)
         prefix = self.backbone.tokenize("".join(s.text for s in segments[:first]))
         following = _without_gaps(segments[first:])
         pieces = [
@@ -719,13 +778,11 @@ class _Fetched:
         plan: _Plan,
         times: Mapping[str, float],
         kernels: str = "reference",
-        expanded: int = 0,
     ) -> Stats:
         contents = [p.content for p in plan.passages]
         return Stats(
             hits=len(contents),
             misses=self.missed[prompt],
-            expanded=expanded,
             gist_slots=sum(p.state.mean_slots for p in plan.placed),
             source_tokens=sum(p.state.num_tokens for p in plan.placed),
             text_tokens=len(plan.text.ids),
@@ -813,6 +870,24 @@ def _texts(prompt: str | Sequence[Message]) -> tuple[list[str], list[str]]:
     for message in prompt:
         (read if message["role"] in SEARCHED else said).append(message["content"])
     return read, said
+
+
+def _num_known(segments: Sequence[Segment]) -> int:
+    return sum(isinstance(s, Known) for s in segments)
+
+
+def _with_only(segments: Sequence[Segment], places: Collection[int]) -> list[Segment]:
+    """With some of the known passages, counted from 0. With each other one goes the whitespace
+    before it, or else behind it. Texts stay apart, so that a prompt's first one does not change."""
+    known = [i for i, s in enumerate(segments) if isinstance(s, Known)]
+    gone = {i for place, i in enumerate(known) if place not in places}
+    for i in sorted(gone):
+        for gap in (i - 1, i + 1):
+            inside = 0 < gap < len(segments) - 1 and gap not in gone
+            if inside and not segments[gap].text.strip():
+                gone.add(gap)
+                break
+    return [s for i, s in enumerate(segments) if i not in gone]
 
 
 def _as_text(segments: Sequence[Segment], places: Collection[int]) -> list[Segment]:

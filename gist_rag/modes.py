@@ -22,6 +22,7 @@ NAMES_ENGINE = (
     "codec",
     "namespace",
     "reader",
+    "focus",
     "expand",
     "dtype",
     "device",

@@ -81,7 +81,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
             }
         ),
     ),
-    "gist_rag.expand": (6, frozenset({"gist_rag.backbone"})),
+    "gist_rag.focus": (7, frozenset({"gist_rag.backbone", "gist_rag.compose", "gist_rag.errors"})),
     "gist_rag.lora": (6, frozenset({"gist_rag.backbone", "gist_rag.errors"})),
     "gist_rag.reader": (
         7,
@@ -133,7 +133,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.compressors",
                 "gist_rag.detokenize",
                 "gist_rag.errors",
-                "gist_rag.expand",
+                "gist_rag.focus",
                 "gist_rag.layout",
                 "gist_rag.matching",
                 "gist_rag.models",
@@ -170,7 +170,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.compressors",
                 "gist_rag.engine",
                 "gist_rag.errors",
-                "gist_rag.expand",
+                "gist_rag.focus",
                 "gist_rag.jsonl",
                 "gist_rag.matching",
                 "gist_rag.models",

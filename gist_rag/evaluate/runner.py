@@ -1,9 +1,10 @@
 """``evaluate``: the same questions through every arm, scored in three ways that must agree.
 
 Arms are ``closed`` (no passages), ``full`` (text), ``truncated`` (text cut to the same number of
-slots), ``reuse`` (uncompressed gists) and compressors, each ``name`` or ``name@ratio``. With ``+n``
-behind it, the ``n`` passages that are looked at most are read as text (``gist_rag.expand``); each
-prediction says in what ``doubt`` it was made, so that a threshold can be found afterwards.
+slots), ``reuse`` (uncompressed gists) and compressors, each ``name`` or ``name@ratio``. With ``:n``
+behind it, only the ``n`` passages that matter most are read, and with ``+n`` the ``n`` that matter
+most are read as text (``gist_rag.focus``); each prediction says in what ``doubt`` it was made, so
+that a threshold can be found afterwards.
 
 Scores are the gold answer's NLL per token, the share of questions whose gold answer is likelier per
 token than nine others (``choice``), and what a greedy answer contains; a probe adds its own.
@@ -22,7 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
+from gist_rag.backbone import Backbone, Context, Local, Prefix
 from gist_rag.compose import DEFAULT_POSITIONS, Placed, Positions, arrange, compose
 from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.errors import BadInput
@@ -30,7 +31,7 @@ from gist_rag.evaluate import metrics
 from gist_rag.evaluate.environment import environment
 from gist_rag.evaluate.probes import make_probe
 from gist_rag.evaluate.tasks import Example, Task, load_task
-from gist_rag.expand import Expand
+from gist_rag.focus import Expand, Focus, log_likelihoods
 from gist_rag.models import DEFAULT_RAG_MODEL
 from gist_rag.prompt import rag_messages, rag_pieces
 from gist_rag.reader import Reader, load_backbone
@@ -179,10 +180,11 @@ def _figures(arm: _FieldScores, closed: _FieldScores, full: _FieldScores) -> dic
 
 @dataclass(frozen=True)
 class Arm:
-    """``name@ratio+expand``."""
+    """``name@ratio:focus+expand``; 0 for neither."""
 
     name: str
     ratio: float
+    focus: int
     expand: int
 
     @classmethod
@@ -194,14 +196,20 @@ class Arm:
                 an arm that reads no gists.
         """
         front, _, expand = text.partition("+")
+        front, _, focus = front.partition(":")
         name, _, given = front.partition("@")
         try:
-            arm = cls(name, float(given or ratio), int(expand or 0))
+            arm = cls(name, float(given or ratio), int(focus or 0), int(expand or 0))
         except ValueError as error:
-            raise BadInput(f"arm {text!r} is not name, name@ratio or name@ratio+n") from error
-        if arm.expand and name in TEXT_ARMS:
-            raise BadInput(f"arm {text!r}: {name} is text already, so there is nothing to expand")
+            raise BadInput(f"arm {text!r} is not name@ratio:n+n, or a part of that") from error
+        if (arm.focus or arm.expand) and name in TEXT_ARMS:
+            raise BadInput(f"arm {text!r}: {name} reads no gists to choose from")
         return arm
+
+    @property
+    def gists(self) -> tuple[str, float]:
+        """Which gists it reads, some or all of them."""
+        return self.name, self.ratio
 
 
 class _Arms:
@@ -212,8 +220,8 @@ class _Arms:
         self.config = config
         self.reader = reader
         self.arms = {text: Arm.parse(text, config.ratio) for text in config.all_arms}
-        gists = [replace(a, expand=0) for a in self.arms.values() if a.name not in TEXT_ARMS]
-        self.compressors = {arm: self._compressor(arm) for arm in gists}
+        gists = {a.gists: a for a in self.arms.values() if a.name not in TEXT_ARMS}
+        self.compressors = {key: self._compressor(arm) for key, arm in gists.items()}
         self._prefixes: dict[str, Prefix] = {}
 
     def _compressor(self, arm: Arm) -> Compressor:
@@ -231,8 +239,7 @@ class _Arms:
         out = {}
         for text, arm in self.arms.items():
             if arm.name not in TEXT_ARMS:
-                found = states[replace(arm, expand=0)]
-                out[text] = self._gists(example, found, source, expand=arm.expand)
+                out[text] = self._gists(example, states[arm.gists], source, arm)
             elif arm.name == "truncated":
                 cut = [max(1, round(len(i) / arm.ratio)) for i in ids]
                 texts = [self._text(i[:n]) for i, n in zip(ids, cut, strict=True)]
@@ -243,16 +250,16 @@ class _Arms:
                 out[text] = self._plain(example.question, (), 0, source)
         return out
 
-    def _states(self, ids: Sequence[Tensor]) -> dict[Arm, list[GistState]]:
+    def _states(self, ids: Sequence[Tensor]) -> dict[tuple[str, float], list[GistState]]:
         shared: Tensor | None = None
         out = {}
-        for arm, compressor in self.compressors.items():
+        for key, compressor in self.compressors.items():
             if not compressor.reads_tokens_only:
-                out[arm] = compressor.compress(ids)
+                out[key] = compressor.compress(ids)
                 continue
             if shared is None:
                 shared = compressor.encode(ids)
-            out[arm] = compressor.distil(shared, ids)
+            out[key] = compressor.distil(shared, ids)
         return out
 
     def _text(self, ids: Tensor) -> str:
@@ -267,15 +274,33 @@ class _Arms:
         return _Reading(prefix, (), Local.after(ids[cut:], len(prefix), 0), slots, source)
 
     def _gists(
-        self, example: Example, states: Sequence[GistState], source: int, expand: int = 0
+        self, example: Example, states: Sequence[GistState], source: int, arm: Arm
     ) -> _Reading:
-        reading = self._mixed(example, dict(enumerate(states)), source)
-        if not expand:
-            return reading
-        opened = _open(self.backbone, [reading], self.reader, watch=True)
-        [as_text] = Expand(0.0, expand).chosen(self.backbone, opened, [len(states)])
+        """All passages as gists, or those that matter, or some of these as text."""
+        if not arm.focus and not arm.expand:
+            return self._mixed(example, dict(enumerate(states)), source)
+        likelihoods = self._likelihoods(example, states)
+        if arm.focus:
+            places = sorted(Focus(arm.focus).chosen(likelihoods))
+            example = replace(example, passages=tuple(example.passages[i] for i in places))
+            states, likelihoods = [states[i] for i in places], likelihoods[places]
+        as_text = Expand(0.0, arm.expand).chosen(likelihoods)
         kept = {place: s for place, s in enumerate(states) if place not in as_text}
         return self._mixed(example, kept, source)
+
+    def _likelihoods(self, example: Example, states: Sequence[GistState]) -> Tensor:
+        """How likely each passage, alone, makes the question."""
+        alone = [
+            self._mixed(replace(example, passages=(text,)), {0: state}, 0)
+            for text, state in zip(example.passages, states, strict=True)
+        ]
+        return log_likelihoods(
+            self.backbone,
+            [r.prefix for r in alone],
+            [r.placed for r in alone],
+            [r.text for r in alone],
+            [len(r.text.ids) for r in alone],
+        )
 
     def _mixed(self, example: Example, states: Mapping[int, GistState], source: int) -> _Reading:
         """Some passages as gists, the others as text."""
@@ -293,14 +318,6 @@ class _Arms:
         return _Reading(prefix, placed, text, slots, source)
 
 
-def _open(
-    backbone: Backbone, readings: Sequence[_Reading], reader: Reader | None, *, watch: bool = False
-) -> Opened:
-    slots = compose([r.placed for r in readings], backbone)
-    context = Context([r.prefix for r in readings], slots)
-    return backbone.open(context, [r.text for r in readings], reader, watch=watch)
-
-
 def _predict(
     backbone: Backbone,
     arm: str,
@@ -310,7 +327,9 @@ def _predict(
     reader: Reader | None,
 ) -> list[dict[str, Any]]:
     """Scores and greedy answers of a group of questions in one arm."""
-    opened = _open(backbone, readings, reader)
+    slots = compose([r.placed for r in readings], backbone)
+    context = Context([r.prefix for r in readings], slots)
+    opened = backbone.open(context, [r.text for r in readings], reader)
     doubts = opened.entropy.tolist()
     answers = backbone.write(opened, task.new_tokens)
     out = []

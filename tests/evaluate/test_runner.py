@@ -86,7 +86,12 @@ def test_expanded_arms_read_a_passage_as_text(tiny_model_folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arm", "message"),
-    [("strided@x", "is not name"), ("strided@4+one", "is not name"), ("full+1", "text already")],
+    [
+        ("strided@x", "is not name"),
+        ("strided@4+one", "is not name"),
+        ("full+1", "reads no gists"),
+        ("full:1", "reads no gists"),
+    ],
 )
 def test_bad_arms_are_named(tiny_model_folder: Path, arm: str, message: str) -> None:
     config = EvaluateConfig(task=QUESTIONS, model=str(tiny_model_folder), limit=1, arms=(arm,))

@@ -31,7 +31,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from pydantic import ValidationError
 
 from gist_rag.errors import BadInput, GistsRequired
-from gist_rag.expand import Expand
+from gist_rag.focus import Expand
 from langchain_gist_rag import ChatGist, GistLLM, _common
 
 QUESTION = "When does a COMMIT occur?"

@@ -1,0 +1,107 @@
+"""Which of several passages a prompt is about, and what follows from that.
+
+A passage is judged by how likely it makes the question: the log-likelihood of what the prompt says
+after its passages, once the model has read this one alone as a gist. That takes no training and no
+text of a passage, only a pass over the question for each (UPR, unsupervised re-ranking: Sachan et
+al. 2022, arXiv 2204.07496; there passages are text and an instruction asks for the question).
+
+Focus   of all passages, only those that matter are read
+Expand  where gists leave the model in doubt, those that matter are read as text
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
+from gist_rag.compose import Placed, compose
+from gist_rag.errors import BadInput
+
+ROWS = 32
+"""Prompts that are judged in one pass."""
+
+
+@dataclass(frozen=True)
+class Focus:
+    """How many of its passages a prompt reads.
+
+    Attributes:
+        passages: at most so many.
+        margin: none that makes the question less likely than the best one by more than this, in
+            nats.
+    """
+
+    passages: int = 1
+    margin: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.passages < 1 or self.margin < 0:
+            raise BadInput(f"{self}: passages must be 1 or more, and margin 0 or more")
+
+    def chosen(self, likelihoods: Tensor) -> list[int]:
+        """Places of the passages to be read, of ``likelihoods`` ``(P,)``."""
+        near = likelihoods >= likelihoods.max() - self.margin
+        return [place for place in _best(likelihoods, self.passages) if near[place]]
+
+
+@dataclass(frozen=True)
+class Expand:
+    """When to read text after all, and how much of it.
+
+    Attributes:
+        doubt: entropy of an answer's first token, in nats, from which on a prompt is read again.
+        passages: how many passages are then read as text.
+    """
+
+    doubt: float
+    passages: int = 1
+
+    def doubtful(self, opened: Opened) -> list[bool]:
+        """Which of the prompts are to be read again."""
+        doubtful: list[bool] = (opened.entropy >= self.doubt).tolist()
+        return doubtful
+
+    def chosen(self, likelihoods: Tensor) -> list[int]:
+        """Places of the passages to be read as text, of ``likelihoods`` ``(P,)``."""
+        return _best(likelihoods, self.passages)
+
+
+def _best(likelihoods: Tensor, count: int) -> list[int]:
+    places: list[int] = likelihoods.topk(min(count, len(likelihoods))).indices.tolist()
+    return places
+
+
+@torch.no_grad()
+def log_likelihoods(
+    backbone: Backbone,
+    prefixes: Sequence[Prefix],
+    placed: Sequence[Sequence[Placed]],
+    texts: Sequence[Local],
+    counts: Sequence[int],
+) -> Tensor:
+    """How likely prompts make their ends, to the plain backbone.
+
+    Args:
+        prefixes, placed, texts: of each prompt.
+        counts: how many tokens of each text's end are judged; its first token never is, since
+            nothing of the text stands before it.
+
+    Returns:
+        ``(B,)`` sums of log-probabilities.
+    """
+    out = []
+    for first in range(0, len(texts), ROWS):
+        rows = slice(first, first + ROWS)
+        wanted = [min(n, len(t.ids) - 1) for n, t in zip(counts[rows], texts[rows], strict=True)]
+        context = Context(prefixes[rows], compose(placed[rows], backbone))
+        logits = backbone.read(context, texts[rows], num_logits=max(wanted) + 1)
+        for row, text, count in zip(logits, texts[rows], wanted, strict=True):
+            said = text.ids[len(text.ids) - count :].to(row.device)
+            given = row[len(row) - 1 - count : -1].float()
+            out.append(-nn.functional.cross_entropy(given, said, reduction="sum"))
+    return torch.stack(out).cpu()
