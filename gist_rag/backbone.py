@@ -30,6 +30,7 @@ from gist_rag.attention import ATTENTION, Reading
 from gist_rag.constrain import Follower, Grammars
 from gist_rag.errors import BadInput, ContextOverflow, UnsupportedBackbone
 from gist_rag.layout import Slots
+from gist_rag.mixture import Mixture
 from gist_rag.sampling import Chooser
 from gist_rag.types import Sampling
 from gist_rag_kernels import rotate
@@ -438,29 +439,39 @@ class Backbone:
         context: Context,
         texts: Sequence[Local],
         adapter: Adapter | None = None,
+        mixture: Mixture | None = None,
     ) -> Opened:
-        """Read a batch of prompts up to their first token."""
+        """Read a batch of prompts up to their first token.
+
+        Args:
+            mixture: which prompts answer together; default: each for itself.
+        """
         step = self._start(context, texts, adapter)
-        return Opened(step, self._forward(step, 1))
+        logits = self._forward(step, 1)
+        return Opened(step, logits, mixture or Mixture.of_one_each(len(texts), self.device))
 
     @torch.no_grad()
     def go_on(
         self, opened: Opened, sampling: Sequence[Sampling]
     ) -> Generator[list[int | None], set[int] | None]:
-        """``decode`` from where ``open`` left off."""
+        """``decode`` from where ``open`` left off; once only. Rows are those of the mixture."""
         choosers = [Chooser(s, self.device, self._follower(s)) for s in sampling]
-        state, logits = opened.step, opened.logits
+        state, logits, mixture = opened.step, opened.logits, opened.mixture
+        scores = mixture(logits[:, -1])
         unread: list[list[int]] = []  # tokens of each step since the last forward pass
         done: set[int] = set()
         for step in range(max(s.max_tokens for s in sampling)):
             done |= {row for row, s in enumerate(sampling) if step >= s.max_tokens}
             going = [choosers[row] for row in range(len(sampling)) if row not in done]
             if unread and not all(choose.knows_next for choose in going):
-                state = state.append(torch.tensor(unread, device=self.device).T)
-                logits, unread = self._forward(state, 1), []
+                said = torch.tensor(unread, device=self.device).T  # (B, n)
+                mixture.tell(logits[:, -1:], said[:, :1])
+                state = state.append(said[mixture.owner])
+                logits, unread = self._forward(state, said.shape[1]), []
+                mixture.tell(logits[:, :-1], said[:, 1:])
+                scores = mixture(logits[:, -1])
             tokens = [
-                None if row in done else choose(logits[row, -1])
-                for row, choose in enumerate(choosers)
+                None if row in done else choose(scores[row]) for row, choose in enumerate(choosers)
             ]
             done |= {row for row, token in enumerate(tokens) if token in self.stop_ids}
             done |= (yield tokens) or set()
@@ -472,7 +483,7 @@ class Backbone:
 
     def write(self, opened: Opened, max_tokens: int) -> list[str]:
         """What is decoded greedily, one text per prompt."""
-        written: list[list[int]] = [[] for _ in opened.logits]
+        written: list[list[int]] = [[] for _ in opened.mixture.sizes]
         for step in self.go_on(opened, [Sampling(max_tokens=max_tokens)] * len(written)):
             for tokens, token in zip(written, step, strict=True):
                 if token is not None:
@@ -641,16 +652,18 @@ class Opened:
     """Prompts that have been read and wait for their first token.
 
     Attributes:
-        logits: ``(B, 1, V)`` of the first tokens.
+        logits: ``(R, 1, V)`` of the first tokens.
+        mixture: which of the ``R`` prompts answer together.
     """
 
     step: _Step
     logits: Tensor
+    mixture: Mixture
 
     @property
     def entropy(self) -> Tensor:
-        """``(B,)`` of the first tokens, in nats."""
-        logs = self.logits[:, 0].float().log_softmax(-1)
+        """``(B,)`` of the answers' first tokens, in nats."""
+        logs = self.mixture(self.logits[:, 0]).float().log_softmax(-1)
         return -(logs.exp() * logs).sum(-1)
 
 

@@ -17,7 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -43,6 +43,7 @@ from gist_rag.errors import (
 from gist_rag.focus import Expand, Focus, log_likelihoods
 from gist_rag.layout import Slots
 from gist_rag.matching import PassageMatcher
+from gist_rag.mixture import Mixture
 from gist_rag.models import DEFAULT_MODEL
 from gist_rag.modes import GistMode, OnMiss
 from gist_rag.priming import Primer
@@ -425,12 +426,12 @@ class GistEngine:
         if not alive:
             return
         segments, sampling = [segments[i] for i in alive], [requests[i].sampling for i in alive]
-        segments, left_out = self._focus(segments, fetched.states)
+        chosen = self._focus(segments, fetched.states)
         clock.lap("focus_ms")
-        plans, slots, opened = self._open(segments, fetched.states, sampling, clock)
-        segments, expanded = self._expand(segments, fetched.states, opened)
-        if any(expanded):
-            plans, slots, opened = self._open(segments, fetched.states, sampling, clock)
+        plans, slots, opened = self._open(chosen, fetched.states, sampling, clock)
+        chosen = self._expand(chosen, fetched.states, opened)
+        if any(c.expanded for c in chosen):
+            plans, slots, opened = self._open(chosen, fetched.states, sampling, clock)
         kernels = "reference" if slots is None else kernels_of(slots)
         steps = self.backbone.go_on(opened, sampling)
         going, stopped = dict(enumerate(alive)), None  # rows of the batch and their requests
@@ -449,11 +450,8 @@ class GistEngine:
                     ended |= {row for row, i in going.items() if rows[i].over}
                 for row in sorted(ended):
                     i = going.pop(row)
-                    stats = replace(
-                        fetched.stats(i, plans[row], clock.times_in_all(), kernels),
-                        expanded=expanded[row],
-                        left_out=left_out[row],
-                    )
+                    times = clock.times_in_all()
+                    stats = fetched.stats(i, plans[row], times, kernels, chosen[row])
                     pieces.append((i, Chunk(*rows[i].finish(stats, plans[row].passages))))
                 stopped = set(range(len(alive))) - going.keys()
                 yield pieces
@@ -462,52 +460,62 @@ class GistEngine:
 
     def _open(
         self,
-        prompts: Sequence[Sequence[Segment]],
+        prompts: Sequence[_Chosen],
         states: Mapping[str, GistState],
         sampling: Sequence[Sampling],
         clock: _Clock,
     ) -> tuple[list[_Plan], Slots | None, Opened]:
         """Compose prompts and read them up to the first token of their answers."""
-        plans = [self._plan(segments, states) for segments in prompts]
+        apart = [chosen.apart() for chosen in prompts]
+        rows = [[self._plan(segments, states) for segments in one] for one in apart]
+        plans = [plan for one in rows for plan in one]
+        owner = [i for i, one in enumerate(rows) for _ in one]
         texts = [plan.text for plan in plans]
-        self.backbone.check_window(texts, sampling)
+        self.backbone.check_window(texts, [sampling[i] for i in owner])
         prefixes = [self._prefix(plan.prefix) for plan in plans]
         slots = compose([plan.placed for plan in plans], self.backbone)
         clock.lap("compose_ms")
-        return plans, slots, self.backbone.open(Context(prefixes, slots), texts, self.reader)
+        weights = torch.cat([chosen.log_weights for chosen in prompts]).to(self.backbone.device)
+        opened = self.backbone.open(
+            Context(prefixes, slots), texts, self.reader, Mixture(owner, weights)
+        )
+        return [_Plan.joined(one) for one in rows], slots, opened
 
     def _focus(
         self, prompts: Sequence[list[Segment]], states: Mapping[str, GistState]
-    ) -> tuple[list[list[Segment]], list[int]]:
-        """Prompts with the passages that matter, and how many of the others each had."""
-        focused, left_out = list(prompts), [0] * len(prompts)
-        if self.focus is None:
-            return focused, left_out
-        many = [i for i, p in enumerate(prompts) if _num_known(p) > self.focus.passages]
+    ) -> list[_Chosen]:
+        """Prompts with the passages that matter."""
+        chosen, focus = [_Chosen(prompt) for prompt in prompts], self.focus
+        if focus is None:
+            return chosen
+        fewest = 1 if focus.apart else focus.passages
+        many = [i for i, prompt in enumerate(prompts) if _num_known(prompt) > fewest]
         likelihoods = self._likelihoods([prompts[i] for i in many], states)
         for i, found in zip(many, likelihoods, strict=True):
-            chosen = self.focus.chosen(found)
-            focused[i] = _with_only(prompts[i], chosen)
-            left_out[i] = len(found) - len(chosen)
-        return focused, left_out
+            places = sorted(focus.chosen(found))
+            weights = found[places] / focus.temperature if focus.apart else TOGETHER
+            left = len(found) - len(places)
+            chosen[i] = _Chosen(_with_only(prompts[i], places), weights, left_out=left)
+        return chosen
 
     def _expand(
-        self, prompts: Sequence[list[Segment]], states: Mapping[str, GistState], opened: Opened
-    ) -> tuple[list[list[Segment]], list[int]]:
-        """Prompts with passages as text where there is doubt, and how many of these each has."""
-        expanded, as_text = list(prompts), [0] * len(prompts)
+        self, prompts: Sequence[_Chosen], states: Mapping[str, GistState], opened: Opened
+    ) -> list[_Chosen]:
+        """Prompts with what matters as text where there is doubt; it is read with the others."""
+        chosen = list(prompts)
         if self.expand is None:
-            return expanded, as_text
+            return chosen
         doubtful = [
             i
             for i, doubt in enumerate(self.expand.doubtful(opened))
-            if doubt and _num_known(prompts[i])
+            if doubt and _num_known(prompts[i].segments)
         ]
-        likelihoods = self._likelihoods([prompts[i] for i in doubtful], states)
+        likelihoods = self._likelihoods([prompts[i].segments for i in doubtful], states)
         for i, found in zip(doubtful, likelihoods, strict=True):
-            chosen = self.expand.chosen(found)
-            expanded[i], as_text[i] = _as_text(prompts[i], chosen), len(chosen)
-        return expanded, as_text
+            places = self.expand.chosen(found)
+            segments = _as_text(prompts[i].segments, places)
+            chosen[i] = _Chosen(segments, left_out=prompts[i].left_out, expanded=len(places))
+        return chosen
 
     def _likelihoods(
         self, prompts: Sequence[Sequence[Segment]], states: Mapping[str, GistState]
@@ -522,13 +530,14 @@ class GistEngine:
             for place in range(size)
         ]
         counts = torch.tensor([len(self.backbone.tokenize(prompt[-1].text)) for prompt in prompts])
-        return log_likelihoods(
+        found = log_likelihoods(
             self.backbone,
             [self._prefix(plan.prefix) for plan in alone],
             [plan.placed for plan in alone],
             [plan.text for plan in alone],
             counts.repeat_interleave(torch.tensor(sizes)).tolist(),
-        ).split(sizes)
+        )
+        return list(found.split(sizes))
 
     def segments(
         self, prompt: Prompt, gist_mode: GistMode = "auto", tools: Sequence[Any] | None = None
@@ -754,6 +763,30 @@ class GistEngine:
         self.close()
 
 
+TOGETHER = torch.zeros(1)
+"""The weight of a prompt that is read by itself."""
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What is read of a prompt, and what else became of its passages.
+
+    Attributes:
+        log_weights: ``(1,)``, or ``(P,)`` where each passage is read apart.
+    """
+
+    segments: list[Segment]
+    log_weights: Tensor = TOGETHER
+    left_out: int = 0
+    expanded: int = 0
+
+    def apart(self) -> list[list[Segment]]:
+        """The prompts that answer together, one per weight."""
+        if len(self.log_weights) == 1:
+            return [self.segments]
+        return [_with_only(self.segments, [place]) for place in range(len(self.log_weights))]
+
+
 @dataclass(frozen=True)
 class _Plan:
     """One prompt, ready to be composed and read."""
@@ -762,6 +795,13 @@ class _Plan:
     placed: list[Placed]
     passages: list[Passage]
     text: Local
+
+    @classmethod
+    def joined(cls, plans: Sequence[_Plan]) -> _Plan:
+        """Of prompts that answer together, for what is told of their cost."""
+        placed = [p for plan in plans for p in plan.placed]
+        passages = [p for plan in plans for p in plan.passages]
+        return cls(plans[0].prefix, placed, passages, Local.join([p.text for p in plans]))
 
 
 @dataclass(frozen=True)
@@ -778,11 +818,14 @@ class _Fetched:
         plan: _Plan,
         times: Mapping[str, float],
         kernels: str = "reference",
+        chosen: _Chosen | None = None,
     ) -> Stats:
         contents = [p.content for p in plan.passages]
         return Stats(
             hits=len(contents),
             misses=self.missed[prompt],
+            expanded=chosen.expanded if chosen else 0,
+            left_out=chosen.left_out if chosen else 0,
             gist_slots=sum(p.state.mean_slots for p in plan.placed),
             source_tokens=sum(p.state.num_tokens for p in plan.placed),
             text_tokens=len(plan.text.ids),

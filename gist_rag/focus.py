@@ -5,7 +5,7 @@ after its passages, once the model has read this one alone as a gist. That takes
 text of a passage, only a pass over the question for each (UPR, unsupervised re-ranking: Sachan et
 al. 2022, arXiv 2204.07496; there passages are text and an instruction asks for the question).
 
-Focus   of all passages, only those that matter are read
+Focus   of all passages, only those that matter are read, together or apart
 Expand  where gists leave the model in doubt, those that matter are read as text
 """
 
@@ -28,20 +28,30 @@ ROWS = 32
 
 @dataclass(frozen=True)
 class Focus:
-    """How many of its passages a prompt reads.
+    """Which of its passages a prompt reads, and how.
+
+    Read apart, each passage stands alone in a prompt of its own, and these answer together
+    (``mixture.Mixture``): no passage disturbs another and their order does not matter, but what
+    takes two passages at once is not found.
 
     Attributes:
         passages: at most so many.
+        apart: whether each is read alone.
         margin: none that makes the question less likely than the best one by more than this, in
             nats.
+        temperature: of the likelihoods, where they are weights of passages read apart.
     """
 
     passages: int = 1
+    apart: bool = False
     margin: float = math.inf
+    temperature: float = 1.5
 
     def __post_init__(self) -> None:
-        if self.passages < 1 or self.margin < 0:
-            raise BadInput(f"{self}: passages must be 1 or more, and margin 0 or more")
+        if self.passages < 1 or self.margin < 0 or self.temperature <= 0:
+            raise BadInput(
+                f"{self}: passages must be 1 or more, margin 0 or more, temperature above 0"
+            )
 
     def chosen(self, likelihoods: Tensor) -> list[int]:
         """Places of the passages to be read, of ``likelihoods`` ``(P,)``."""

@@ -63,6 +63,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.constrain",
                 "gist_rag.errors",
                 "gist_rag.layout",
+                "gist_rag.mixture",
                 "gist_rag.sampling",
                 "gist_rag.types",
                 "gist_rag_kernels",
@@ -81,6 +82,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
             }
         ),
     ),
+    "gist_rag.mixture": (4, frozenset()),
     "gist_rag.focus": (7, frozenset({"gist_rag.backbone", "gist_rag.compose", "gist_rag.errors"})),
     "gist_rag.lora": (6, frozenset({"gist_rag.backbone", "gist_rag.errors"})),
     "gist_rag.reader": (
@@ -136,6 +138,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.focus",
                 "gist_rag.layout",
                 "gist_rag.matching",
+                "gist_rag.mixture",
                 "gist_rag.models",
                 "gist_rag.modes",
                 "gist_rag.reader",
@@ -173,6 +176,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.focus",
                 "gist_rag.jsonl",
                 "gist_rag.matching",
+                "gist_rag.mixture",
                 "gist_rag.models",
                 "gist_rag.reader",
                 "gist_rag.prompt",

@@ -115,7 +115,11 @@ def test_what_stands_between_passages_stays(make_engine: Engines, passages: list
     assert plain.stats.left_out == 0
 
 
-@pytest.mark.parametrize("options", [{"focus": Focus(1)}, {"expand": Expand(ALWAYS)}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"focus": Focus(1)}, {"focus": Focus(1, apart=True)}, {"expand": Expand(ALWAYS)}],
+    ids=str,
+)
 def test_each_prompt_of_a_batch_for_itself(
     make_engine: Engines, passages: list[Passage], options: dict[str, object]
 ) -> None:
@@ -158,3 +162,23 @@ def test_focus_first_and_then_expand(make_engine: Engines, passages: list[Passag
     engine.precompute(passages[:3])
     stats = ask(engine, prompt(passages[:3])).stats
     assert (stats.hits, stats.left_out, stats.expanded) == (1, 1, 1)
+
+
+def test_passages_apart_answer_together(make_engine: Engines, passages: list[Passage]) -> None:
+    """Their order does not matter, and one alone is itself."""
+    engine = make_engine(settings={"ratio": 4}, focus=Focus(2, apart=True))
+    engine.precompute(passages[:3])
+    one, other = (ask(engine, prompt(p)) for p in (passages[:3], passages[2::-1]))
+    assert (one.stats.hits, one.stats.left_out) == (2, 1)
+    assert one.text == other.text
+    assert {p.content for p in one.passages} == {p.content for p in other.passages}
+    alone = ask(engine, prompt(passages[:1]))
+    assert (alone.stats.hits, alone.stats.left_out) == (1, 0)
+
+
+def test_one_passage_apart_is_one_passage(make_engine: Engines, passages: list[Passage]) -> None:
+    apart = make_engine(settings={"ratio": 4}, focus=Focus(1, apart=True))
+    together = make_engine(settings={"ratio": 4}, focus=Focus(1))
+    for engine in (apart, together):
+        engine.precompute(passages[:3])
+    assert ask(apart, prompt(passages[:3])).text == ask(together, prompt(passages[:3])).text
