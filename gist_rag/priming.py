@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from gist_rag.errors import BadInput, GistRagError
 from gist_rag.modes import OnMiss
@@ -58,11 +59,12 @@ class Primer:
             raise BadInput(f"on_miss is {on_miss!r}; it must be ignore, background or inline")
         if on_miss == "ignore" or not passages:
             return
-        absent = [p for p in self._missing(passages) if p.content not in self._refused]
-        if on_miss == "inline":
-            self._try(absent)
-        else:
-            self._enqueue(absent)
+        with self._logged_errors():
+            absent = [p for p in self._missing(passages) if p.content not in self._refused]
+            if on_miss == "inline":
+                self._try(absent)
+            else:
+                self._enqueue(absent)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing is left to do in the background; whether that came true in time."""
@@ -105,14 +107,11 @@ class Primer:
                     for _ in range(min(TOGETHER, len(self._waiting)))
                 ]
                 self._busy = True
-            try:
+            with self._logged_errors():
                 self._try(self._missing(batch))
-            except Exception as error:  # whatever it is, the thread must live on
-                self._log(type(error).__name__, f"compressing in the background failed: {error!r}")
-            finally:
-                with self._changed:
-                    self._busy = False
-                    self._changed.notify_all()
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
 
     def _try(self, passages: Sequence[Passage]) -> None:
         """Compress passages; if that fails, one by one, so that one cannot spoil it for others."""
@@ -128,6 +127,14 @@ class Primer:
             if isinstance(error, BadInput):
                 self._refused.add(passages[0].content)  # it will not do next time either
             self._log(type(error).__name__, f"a passage stays text: {error}")
+
+    @contextmanager
+    def _logged_errors(self) -> Iterator[None]:
+        """Whatever goes wrong, the thread in the background lives on and the question is read."""
+        try:
+            yield
+        except Exception as error:
+            self._log(type(error).__name__, f"passages stay text: {error!r}")
 
     def _log(self, kind: str, message: str) -> None:
         if kind not in self._logged:

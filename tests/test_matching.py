@@ -36,6 +36,47 @@ CJK = (
     "人口はおよそ千四百万人で、政治と経済の中心となっている。"
 )
 
+SCRIPTS = {
+    "japanese": CJK,
+    "chinese": (
+        "北京是中华人民共和国的首都，位于华北平原的北部边缘。\n全市常住人口超过两千一百万，是全国的政治中心、文化中心“与”国际交"
+        "往中心；面积一万六千四百一十平方千米。"
+    ),
+    "korean": (
+        "서울은 대한민국의 수도이자 최대 도시이며, 한강을 끼고 있다."
+        '\n인구는 약 950만 명으로 "세계에서" 손꼽히는 대도시권을 이루고 있다고 알려져 있다.'
+    ),
+    "thai": (
+        "กรุงเทพมหานครเป็นเมืองหลวงและนครที่มีประชากรมากที่สุดของประเ"
+        "ทศไทย\nเป็นศูนย์กลางการปกครอง การศึกษา การคมนาคมขนส่ง 'การเงิ"
+        "น' และการสื่อสาร"
+    ),
+    "arabic": (
+        "القاهرة هي عاصمة جمهورية مصر العربية وأكبر وأهم مدنها على ال"
+        'إطلاق،\nوتُعدّ أكبر مدينة عربية من حيث "تعداد السكان" والمساح'
+        "ة (453 كم²)."
+    ),
+    "hindi": (
+        "नई दिल्ली भारत की राजधानी है। यह भारत सरकार का केंद्र है\nऔर "
+        "यहाँ 'संसद भवन', राष्ट्रपति भवन तथा सर्वोच्च न्यायालय स्थित "
+        "हैं।"
+    ),
+    "hebrew": (
+        "יְרוּשָׁלַיִם היא בירת מדינת ישראל והעיר הגדולה ביותר בה,\nומ"
+        'תגוררים בה כמיליון תושבים "נכון לשנת 2023" לפי הלמ״ס.'
+    ),
+    "russian": (
+        "Москва — столица России, город федерального значения.\nНаселе"
+        "ние: 13 миллионов «человек» (2023), это крупнейший город Евр"
+        "опы."
+    ),
+    "mixed": (
+        "SQLite 3.40 版では、`PRAGMA journal_mode=WAL` を使うと 読み取りと書き込みを並行し"
+        'て実行できる。\nDefault is "DELETE" — 詳細は公式文書を参照 👩‍💻 のこと。'
+    ),
+}
+"""One passage in each, with the quotes, breaks and joined letters that it is written with."""
+
 
 class InMemory:
     """Passages in a ``MemoryIndex``."""
@@ -138,6 +179,22 @@ CHANGED = {
 def test_passages_are_found_however_the_chain_writes_them(write, matcher_of):
     prompt = "Context:\n" + "\n\n".join(map(write, PASSAGES)) + "\nQuestion: who reported it?"
     assert found(matcher_of(*PASSAGES), prompt) == [content_key(p) for p in PASSAGES]
+
+
+@pytest.mark.parametrize("write", KEPT.values(), ids=KEPT)
+def test_passages_in_every_script_are_found_however_the_chain_writes_them(write, matcher_of):
+    prompt = "Context:\n" + "\n\n".join(map(write, SCRIPTS.values())) + "\nQuestion: 誰?"
+    assert found(matcher_of(*SCRIPTS.values()), prompt) == list(map(content_key, SCRIPTS.values()))
+
+
+@pytest.mark.parametrize("view", [str, json.dumps], ids=["text", "json"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_changed_passages_in_every_script_stay_text(script, view, matcher_of):
+    passage = SCRIPTS[script]
+    half = len(passage) // 2
+    changed = [passage[:-1], passage[1:], passage[:half] + passage[half + 1 :]]
+    changed.append(passage[:half] + "あ" + passage[half + 1 :])
+    assert found(matcher_of(passage), "\n\n".join(map(view, changed))) == []
 
 
 @pytest.mark.parametrize("write", CHANGED.values(), ids=CHANGED)

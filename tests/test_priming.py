@@ -135,6 +135,22 @@ def test_a_crash_does_not_end_the_thread(shelf: Shelf) -> None:
     background.close()
 
 
+def test_no_error_reaches_the_question(
+    shelf: Shelf, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory while compressing, or a store whose disk is gone."""
+    shelf.refuse = {"a": RuntimeError("out of memory")}
+    inline = primer(shelf)
+    with caplog.at_level(logging.WARNING):
+        inline.prime(some("a"), "inline")
+        inline.prime(some("a"), "inline")
+        monkeypatch.setattr(inline, "_missing", lambda _: (_ for _ in ()).throw(OSError("gone")))
+        inline.prime(some("b"), "inline")
+        inline.prime(some("b"), "background")
+    assert shelf.kept == set()
+    assert [caplog.text.count(what) for what in ("out of memory", "gone")] == [1, 1]
+
+
 def test_closing_leaves_the_rest_undone(shelf: Shelf) -> None:
     background = primer(shelf)
     shelf.open.clear()

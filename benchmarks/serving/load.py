@@ -57,6 +57,7 @@ class Loop:
 
     def __init__(self) -> None:
         self.late: list[float] = []
+        self.cpu: list[float] = []
         self.computed: list[float] = []
         self.took: list[float] = []
         self.stood_in: Counter[str] = Counter()
@@ -80,10 +81,16 @@ class Loop:
             looking.join()
 
     def report(self) -> dict[str, Any]:
+        """``cores_while_late`` near 1: this process computed; near 0: it was not let to."""
+        beats = zip(self.late, self.cpu, strict=True)
+        over = [(late, cpu) for late, cpu in beats if late * 1e3 > ALLOWED_MS]
         return {
             "beats": len(self.late),
             "late_ms": _spread(self.late),
-            "late_over_allowed": sum(late * 1e3 > ALLOWED_MS for late in self.late),
+            "late_over_allowed": len(over),
+            "cores_while_late": round(sum(c for _, c in over) / sum(w for w, _ in over), 2)
+            if over
+            else None,
             "callbacks": len(self.took),
             "callback_ms": _spread(self.took),
             "callback_computed_ms": _spread(self.computed),
@@ -92,9 +99,10 @@ class Loop:
 
     async def _beat(self) -> None:
         while True:
-            due = time.perf_counter() + BEAT_S
+            due, cpu = time.perf_counter() + BEAT_S, time.process_time()
             await asyncio.sleep(BEAT_S)
             self.late.append(time.perf_counter() - due)
+            self.cpu.append(time.process_time() - cpu)
 
     def _timed(self, run: Callable[[Any], None], handle: Any) -> None:
         if threading.get_ident() != self._thread:

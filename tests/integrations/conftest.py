@@ -11,6 +11,7 @@ import pytest
 from gist_rag.backbone import Backbone
 from gist_rag.compressors import make_compressor
 from gist_rag.engine import GistEngine
+from gist_rag.models import embedder_folder
 from gist_rag.prompt import Known
 from gist_rag.types import Passage
 
@@ -50,6 +51,23 @@ def gists(
     with GistEngine(backbone, _compressor(backbone), folder) as engine:
         engine.precompute(known)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vectors(known: list[Passage]) -> Any:
+    """FAISS with MiniLM over the known passages, as LangChain has it."""
+    from langchain_community.vectorstores import FAISS
+    from langchain_core.documents import Document
+    from langchain_huggingface import HuggingFaceEmbeddings
+
+    embeddings = HuggingFaceEmbeddings(model_name=embedder_folder())
+    documents = [Document(p.text, metadata={"source": p.id}) for p in known]
+    return FAISS.from_documents(documents, embeddings)
+
+
+@pytest.fixture(scope="session")
+def retriever(vectors: Any) -> Any:
+    return vectors.as_retriever(search_kwargs={"k": 3})
 
 
 @pytest.fixture

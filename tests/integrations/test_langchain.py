@@ -14,7 +14,6 @@ from langchain_classic.chains.combine_documents import create_stuff_documents_ch
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler, get_usage_metadata_callback
 from langchain_core.documents import Document
-from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_core.messages import (
     AIMessage,
     ChatMessage,
@@ -27,12 +26,15 @@ from langchain_core.messages import (
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.runnables import ConfigurableField, RunnablePassthrough
-from langchain_core.vectorstores import InMemoryVectorStore
 from pydantic import ValidationError
 
 from gist_rag.errors import BadInput, GistsRequired
 from gist_rag.focus import Expand
 from langchain_gist_rag import ChatGist, GistLLM, _common
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`langchain-community` is being sunset:DeprecationWarning"
+)
 
 QUESTION = "When does a COMMIT occur?"
 PROMPT = ChatPromptTemplate.from_messages(
@@ -48,12 +50,6 @@ def llm(engine: Any, prompts: Any) -> ChatGist:
 @pytest.fixture(scope="session")
 def documents(known: Any) -> list[Document]:
     return [Document(p.text, metadata={"source": p.id}) for p in known]
-
-
-@pytest.fixture(scope="session")
-def retriever(documents: list[Document]) -> Any:
-    store = InMemoryVectorStore.from_documents(documents, DeterministicFakeEmbedding(size=8))
-    return store.as_retriever(search_kwargs={"k": 3})
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,9 @@ from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 from langchain_core.tools import create_retriever_tool, tool
-from langchain_core.vectorstores import VectorStoreRetriever
 from pydantic import BaseModel, Field
 
 from gist_rag.engine import GistEngine
-from gist_rag.models import embedder_folder
 from gist_rag.rag import GistRAG
 from gist_rag.types import Passage
 from langchain_gist_rag import (
@@ -45,21 +43,6 @@ PROMPT = ChatPromptTemplate.from_messages(
     [("system", "Answer from the context:\n\n{context}"), ("human", "{input}")]
 )
 Hits = Callable[[], list[int]]
-
-
-@pytest.fixture(scope="module")
-def vectors(known: list[Passage]) -> Any:
-    from langchain_community.vectorstores import FAISS
-    from langchain_huggingface import HuggingFaceEmbeddings
-
-    embeddings = HuggingFaceEmbeddings(model_name=embedder_folder())
-    documents = [Document(p.text, metadata={"source": p.id}) for p in known]
-    return FAISS.from_documents(documents, embeddings)
-
-
-@pytest.fixture(scope="module")
-def retriever(vectors: Any) -> VectorStoreRetriever:
-    return vectors.as_retriever(search_kwargs={"k": 3})
 
 
 @pytest.fixture

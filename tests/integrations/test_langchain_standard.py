@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import HumanMessage
 from langchain_core.retrievers import BaseRetriever
 from langchain_tests.integration_tests import ChatModelIntegrationTests, RetrieversIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
@@ -80,6 +81,24 @@ class TestRealModel(ChatGistTests, ChatModelIntegrationTests):
     @pytest.mark.parametrize("model", [{}, {"output_version": "v1"}], indirect=True)
     def test_agent_loop(self, model: BaseChatModel) -> None:
         super().test_agent_loop(model)
+
+
+class Eager(ChatGist):
+    """Calls a tool before it answers, as larger models decide to by themselves."""
+
+    def _turn(self, messages: Any, stop: Any, options: Any, cancel: Any) -> Any:
+        asked = isinstance(messages[-1], HumanMessage)
+        return super()._turn(
+            messages, stop, {**options, "tool_choice": "required" if asked else "auto"}, cancel
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.parametrize("version", ["v0", "v1"])
+def test_the_agent_loop_of_a_model_that_calls(real_engine: GistEngine, version: Any) -> None:
+    model = Eager(engine=real_engine, max_tokens=64, output_version=version)
+    ChatModelIntegrationTests.test_agent_loop(TestRealModel(), model)
 
 
 @pytest.mark.slow

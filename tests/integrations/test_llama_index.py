@@ -127,6 +127,17 @@ def test_citations_keep_their_sources_and_read_gists(
         assert source.metadata == {"file_name": f"{passage}.md"}
 
 
+def test_citations_of_smaller_pieces_are_read_as_text(
+    index: Any, llm: GistLLM, prompts: Any
+) -> None:
+    """The engine splits what was retrieved again, and no piece is a passage that is known."""
+    engine = CitationQueryEngine.from_args(
+        index, llm=llm, similarity_top_k=3, citation_chunk_size=40, citation_chunk_overlap=0
+    )
+    assert len(engine.query(QUESTION).source_nodes) > 3
+    assert [gists for gists in prompts.gists if gists] == []
+
+
 def test_metadata_is_read_as_text_beside_its_gist(
     index: Any, llm: GistLLM, prompts: Any, expected: Any
 ) -> None:

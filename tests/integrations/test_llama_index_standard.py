@@ -280,6 +280,12 @@ class GistLLMContract(LLMContract):
         return asked.backbone.model
 
 
+@pytest.fixture(scope="module")
+def embedded_engine(embedded_backbone: Backbone) -> Iterator[GistEngine]:
+    with GistEngine(embedded_backbone, make_compressor("full", embedded_backbone)) as engine:
+        yield engine
+
+
 class TestTinyModel(GistLLMContract):
     max_new_tokens = 96  # as many as JSON of a random model takes
     long = 2000
@@ -294,7 +300,6 @@ class TestTinyModel(GistLLMContract):
 class TestRealModel(GistLLMContract):
     max_new_tokens = 32
 
-    @pytest.fixture(scope="class")
-    def asked(self, embedded_backbone: Backbone) -> Iterator[GistEngine]:
-        with GistEngine(embedded_backbone, make_compressor("full", embedded_backbone)) as engine:
-            yield engine
+    @pytest.fixture
+    def asked(self, embedded_engine: GistEngine) -> GistEngine:
+        return embedded_engine
