@@ -1,0 +1,184 @@
+"""Triton ``score_keys``: two passes over queries and keys, of which no product is kept.
+
+Pass 1: a program holds a block of queries and walks prefix and passage, as the forward of
+FlashAttention-2 does without values: log-sum-exp of each query, and the passage's share of it.
+Pass 2: a program holds a block of keys and walks the queries: what each key gets is summed up over
+them, so that nothing needs atomics. Logits are in base 2 throughout.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gist_rag_kernels.runtime import Compilation
+from gist_rag_kernels.tiles import LOG2E, dot, head_constants, load_rows
+
+
+@triton.jit
+def _next_block(
+    q, base, begin, end, channel, scale, top, SIZE: tl.constexpr, WIDTH: tl.constexpr, zeros
+):
+    """New maximum, fading of earlier sums, and the sum over one block of keys."""
+    column = begin + tl.arange(0, zeros.shape[1])
+    live = column < end
+    k = load_rows(base, column, live, channel, SIZE, SIZE, WIDTH)
+    logits = tl.where(live[None, :], dot(q, tl.trans(k), zeros) * scale, float("-inf"))
+    peak = tl.maximum(top, tl.max(logits, 1))
+    return peak, tl.exp2(top - peak), tl.sum(tl.exp2(logits - peak[:, None]), 1)
+
+
+@triton.jit
+def sum_kernel(
+    query,
+    prefix,
+    key,
+    lse,
+    share,
+    scale,
+    num_queries,
+    num_prefix,
+    num_keys,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``lse (R, Q)`` of a block of queries over all keys, and the ``share (R, Q)`` of the passage;
+    ``scale`` includes log2(e), and so does ``lse``."""
+    row = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = place < num_queries
+    channel = tl.arange(0, WIDTH)
+    q = load_rows(query + row * num_queries * SIZE, place, live, channel, SIZE, SIZE, WIDTH)
+    prefix += row * num_prefix * SIZE
+    key += row * num_keys * SIZE
+    zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for begin in range(0, num_prefix, BLOCK_N):
+        top, fade, new = _next_block(
+            q, prefix, begin, num_prefix, channel, scale, top, SIZE, WIDTH, zeros
+        )
+        total = total * fade + new
+    inside = tl.zeros([BLOCK_M], tl.float32)
+    for begin in range(0, num_keys, BLOCK_N):
+        top, fade, new = _next_block(
+            q, key, begin, num_keys, channel, scale, top, SIZE, WIDTH, zeros
+        )
+        total = total * fade + new
+        inside = inside * fade + new
+    tl.store(lse + row * num_queries + place, top + tl.log2(total), mask=live)
+    tl.store(share + row * num_queries + place, inside / total, mask=live)
+
+
+@triton.jit
+def score_kernel(
+    query,
+    key,
+    lse,
+    score,
+    scale,
+    num_queries,
+    num_keys,
+    MAX: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``score (R, T)`` of a block of keys: maximum or RMS of their attention over all queries."""
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < num_keys
+    channel = tl.arange(0, WIDTH)
+    k = load_rows(key + row * num_keys * SIZE, column, inside, channel, SIZE, SIZE, WIDTH)
+    query += row * num_queries * SIZE
+    lse += row * num_queries
+    zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    gathered = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # summed up over rows once, at the end
+    for begin in range(0, num_queries, BLOCK_M):
+        place = begin + tl.arange(0, BLOCK_M)
+        live = place < num_queries
+        q = load_rows(query, place, live, channel, SIZE, SIZE, WIDTH)
+        sums = tl.load(lse + place, mask=live, other=float("inf"))
+        share = tl.exp2(dot(k, tl.trans(q), zeros) * scale - sums[None, :])  # keys down
+        if MAX:
+            gathered = tl.maximum(gathered, share)
+        else:
+            gathered += share * share
+    if MAX:
+        result = tl.max(gathered, 1)
+    else:
+        result = tl.sqrt(tl.sum(gathered, 1) / num_queries)
+    tl.store(score + row * num_keys + column, result, mask=inside)
+
+
+def score_keys(
+    queries: Tensor, prefix: Tensor, keys: Tensor, scaling: float, how: str
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernels; arguments as in ``op.score_keys``, already checked."""
+    queries, prefix, keys = (t.contiguous() for t in (queries, prefix, keys))
+    rows, num_queries, size = queries.shape
+    num_prefix, num_keys = prefix.shape[1], keys.shape[1]
+    like = dict(dtype=torch.float32, device=queries.device)
+    if not num_keys:
+        return torch.empty(rows, 0, **like), torch.zeros(rows, num_queries, **like)
+    score = torch.empty(rows, num_keys, **like)
+    lse, share = (torch.empty(rows, num_queries, **like) for _ in range(2))
+    scale = scaling * LOG2E.value
+    tile = _tile(size, queries.element_size())
+    sum_kernel[(triton.cdiv(num_queries, tile["BLOCK_M"]), rows)](
+        *(queries, prefix, keys, lse, share, scale, num_queries, num_prefix, num_keys),
+        **head_constants(size),
+        **tile,
+    )
+    score_kernel[(triton.cdiv(num_keys, tile["BLOCK_N"]), rows)](
+        *(queries, keys, lse, score, scale, num_queries, num_keys),
+        MAX=how == "max",
+        **head_constants(size),
+        **tile,
+    )
+    return score, share
+
+
+def _tile(size: int, itemsize: int) -> dict[str, int]:
+    """Tile of queries x keys, warps and stages: what fits registers and shared memory of every
+    target."""
+    if itemsize == 4 or size > 128:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+
+
+def compilations() -> list[Compilation]:
+    """Both passes in float32, as ``attention_matching`` asks for, and in bfloat16."""
+    jobs = []
+    for dtype in ("fp32", "bf16"):
+        for size in (64, 96, 128):
+            jobs += [_job("sums", size, dtype), _job("rms", size, dtype)]
+    return [*jobs, _job("max", 128, "fp32")]
+
+
+def _job(name: str, size: int, dtype: str) -> Compilation:
+    kernel = sum_kernel if name == "sums" else score_kernel
+    tile = _tile(size, {"bf16": 2, "fp32": 4}[dtype])
+    num_warps, num_stages = tile.pop("num_warps"), tile.pop("num_stages")
+    constants = {**head_constants(size), **tile}
+    if name != "sums":
+        constants["MAX"] = name == "max"
+    types = dict.fromkeys(("query", "prefix", "key"), f"*{dtype}")
+    types |= dict.fromkeys(("lse", "share", "score"), "*fp32")
+    types |= {"scale": "fp32", "num_queries": "i32", "num_prefix": "i32", "num_keys": "i32"}
+    return Compilation(
+        name=f"{name}_{dtype}_d{size}",
+        kernel=kernel,
+        signature={name: types[name] for name in kernel.arg_names if name in types},
+        constants=dict(constants),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        hot=True,
+    )
