@@ -23,8 +23,8 @@ from gist_rag_kernels.tiles import LOG2E, dot, head_constants, load_rows, store_
 
 @triton.jit
 def _logits(product, age, log_beta, scale):
-    """In base 2; hidden where a query comes before the key."""
-    logits = product * scale + age.to(tl.float32) * log_beta
+    """In base 2; hidden where a query comes before the key. Ages are exact up to 2^24 tokens."""
+    logits = product * scale + age * log_beta
     return tl.where(age >= 0, logits, float("-inf"))
 
 
@@ -58,7 +58,7 @@ def forward_kernel(
     channel = tl.arange(0, WIDTH)
     query += batch * query_batch + head * query_head
     q = load_rows(query, row, live, channel, query_row, SIZE, WIDTH)
-    place = row + num_keys - num_queries
+    place = (row + num_keys - num_queries).to(tl.float32)
     end = tl.minimum((block + 1) * BLOCK_M + num_keys - num_queries, num_keys)
 
     kv = (batch * (query_heads // GROUP) + head // GROUP) * num_keys
@@ -74,7 +74,7 @@ def forward_kernel(
         k = load_rows(key, column, inside, channel, SIZE, SIZE, WIDTH)
         v = load_rows(value, column, inside, channel, SIZE, SIZE, WIDTH)
         fade = tl.load(log_beta + kv + column, mask=inside, other=0.0) * LOG2E
-        age = place[:, None] - column[None, :]
+        age = place[:, None] - column.to(tl.float32)[None, :]
         logits = _logits(dot(q, tl.trans(k), zeros), age, fade[None, :], scale)
         peak = tl.maximum(top, tl.max(logits, 1))
         share = tl.exp2(logits - peak[:, None])
@@ -131,7 +131,7 @@ def query_gradient_kernel(
     product = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta + rows + row, product, mask=live)
     sums = tl.load(lse + rows + row, mask=live, other=float("inf"))
-    place = row + num_keys - num_queries
+    place = (row + num_keys - num_queries).to(tl.float32)
     end = tl.minimum((block + 1) * BLOCK_M + num_keys - num_queries, num_keys)
 
     kv = (batch * (query_heads // GROUP) + head // GROUP) * num_keys
@@ -145,7 +145,7 @@ def query_gradient_kernel(
         k = load_rows(key, column, inside, channel, SIZE, SIZE, WIDTH)
         v = load_rows(value, column, inside, channel, SIZE, SIZE, WIDTH)
         fade = tl.load(log_beta + kv + column, mask=inside, other=0.0) * LOG2E
-        age = place[:, None] - column[None, :]
+        age = place[:, None] - column.to(tl.float32)[None, :]
         logits = _logits(dot(q, tl.trans(k), zeros), age, fade[None, :], scale)
         share = tl.exp2(logits - sums[:, None])
         slope = share * (dot(do, tl.trans(v), zeros) - product[:, None])
@@ -187,6 +187,7 @@ def key_gradient_kernel(
     head = (tl.program_id(1) % heads).to(tl.int64)
     begin = tl.program_id(0) * BLOCK_N
     column = begin + tl.arange(0, BLOCK_N)
+    place = column.to(tl.float32)
     inside = column < num_keys
     channel = tl.arange(0, WIDTH)
     kv = (batch * heads + head) * num_keys
@@ -212,13 +213,13 @@ def key_gradient_kernel(
         do = load_rows(grad_base, row, live, channel, grad_row, SIZE, WIDTH)
         sums = tl.load(lse + rows + row, mask=live, other=float("inf"))
         product = tl.load(delta + rows + row, mask=live, other=0.0)
-        age = (row + offset)[None, :] - column[:, None]  # keys down, queries across
+        age = (row + offset).to(tl.float32)[None, :] - place[:, None]  # keys down, queries across
         logits = _logits(dot(k, tl.trans(q), zeros), age, fade[:, None], scale)
         share = tl.exp2(logits - sums[None, :])
         dv = dot(share.to(do.dtype), do, dv)
         slope = share * (dot(v, tl.trans(do), zeros) - product[None, :])
         dk = dot(slope.to(q.dtype), q, dk)
-        d_fade += tl.sum(slope * age.to(tl.float32), 1)
+        d_fade += tl.sum(slope * age, 1)
     dk = dk * (scale / LOG2E)
     store_rows(d_key + kv * SIZE, column, inside, channel, SIZE, dk, SIZE, WIDTH)
     store_rows(d_value + kv * SIZE, column, inside, channel, SIZE, dv, SIZE, WIDTH)
@@ -300,12 +301,13 @@ def _tile(kernel: str, size: int, itemsize: int) -> dict[str, int]:
     target, with keys x queries of the key gradient in two accumulators."""
     if itemsize == 4 or size > 128:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    rows, keys, stages = {
-        "forward": (64, 64, 2),
-        "query_gradient": (64, 32, 2),
-        "key_gradient": (32, 64, 2 if size <= 64 else 1),
+    small = size <= 64
+    rows, keys, num_warps, stages = {
+        "forward": (64, 64 if small else 32, 4, 2),
+        "query_gradient": (64, 32, 4, 2),
+        "key_gradient": (32, 64, 4, 2) if small else (32, 64, 8, 1),
     }[kernel]
-    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": stages}
+    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": num_warps, "num_stages": stages}
 
 
 def compilations() -> list[Compilation]:

@@ -20,22 +20,8 @@ from gist_rag_kernels.tiles import LOG2E, dot, head_constants, load_rows
 
 
 @triton.jit
-def _next_block(
-    q, base, begin, end, channel, scale, top, SIZE: tl.constexpr, WIDTH: tl.constexpr, zeros
-):
-    """New maximum, fading of earlier sums, and the sum over one block of keys."""
-    column = begin + tl.arange(0, zeros.shape[1])
-    live = column < end
-    k = load_rows(base, column, live, channel, SIZE, SIZE, WIDTH)
-    logits = tl.where(live[None, :], dot(q, tl.trans(k), zeros) * scale, float("-inf"))
-    peak = tl.maximum(top, tl.max(logits, 1))
-    return peak, tl.exp2(top - peak), tl.sum(tl.exp2(logits - peak[:, None]), 1)
-
-
-@triton.jit
 def sum_kernel(
     query,
-    prefix,
     key,
     lse,
     share,
@@ -48,30 +34,30 @@ def sum_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``lse (R, Q)`` of a block of queries over all keys, and the ``share (R, Q)`` of the passage;
-    ``scale`` includes log2(e), and so does ``lse``."""
+    """``lse (R, Q)`` of a block of queries over all ``num_keys`` keys, of which the first are the
+    prefix, and the ``share (R, Q)`` of the others; ``scale`` includes log2(e), and so does
+    ``lse``."""
     row = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = place < num_queries
     channel = tl.arange(0, WIDTH)
     q = load_rows(query + row * num_queries * SIZE, place, live, channel, SIZE, SIZE, WIDTH)
-    prefix += row * num_prefix * SIZE
     key += row * num_keys * SIZE
     zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for begin in range(0, num_prefix, BLOCK_N):
-        top, fade, new = _next_block(
-            q, prefix, begin, num_prefix, channel, scale, top, SIZE, WIDTH, zeros
-        )
-        total = total * fade + new
     inside = tl.zeros([BLOCK_M], tl.float32)
     for begin in range(0, num_keys, BLOCK_N):
-        top, fade, new = _next_block(
-            q, key, begin, num_keys, channel, scale, top, SIZE, WIDTH, zeros
-        )
-        total = total * fade + new
-        inside = inside * fade + new
+        column = begin + tl.arange(0, BLOCK_N)
+        there = column < num_keys
+        k = load_rows(key, column, there, channel, SIZE, SIZE, WIDTH)
+        logits = tl.where(there[None, :], dot(q, tl.trans(k), zeros) * scale, float("-inf"))
+        peak = tl.maximum(top, tl.max(logits, 1))
+        part = tl.exp2(logits - peak[:, None])
+        fade = tl.exp2(top - peak)
+        total = total * fade + tl.sum(part, 1)
+        inside = inside * fade + tl.sum(tl.where(column[None, :] < num_prefix, 0.0, part), 1)
+        top = peak
     tl.store(lse + row * num_queries + place, top + tl.log2(total), mask=live)
     tl.store(share + row * num_queries + place, inside / total, mask=live)
 
@@ -84,6 +70,7 @@ def score_kernel(
     score,
     scale,
     num_queries,
+    num_prefix,
     num_keys,
     MAX: tl.constexpr,
     SIZE: tl.constexpr,
@@ -91,9 +78,10 @@ def score_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``score (R, T)`` of a block of keys: maximum or RMS of their attention over all queries."""
+    """``score (R, T)`` of a block of keys behind the prefix: maximum or RMS of their attention over
+    all queries."""
     row = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = num_prefix + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < num_keys
     channel = tl.arange(0, WIDTH)
     k = load_rows(key + row * num_keys * SIZE, column, inside, channel, SIZE, SIZE, WIDTH)
@@ -115,33 +103,29 @@ def score_kernel(
         result = tl.max(gathered, 1)
     else:
         result = tl.sqrt(tl.sum(gathered, 1) / num_queries)
-    tl.store(score + row * num_keys + column, result, mask=inside)
+    score += row * (num_keys - num_prefix)
+    tl.store(score + column - num_prefix, result, mask=inside)
 
 
 def score_keys(
     queries: Tensor, prefix: Tensor, keys: Tensor, scaling: float, how: str
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels; arguments as in ``op.score_keys``, already checked."""
-    queries, prefix, keys = (t.contiguous() for t in (queries, prefix, keys))
     rows, num_queries, size = queries.shape
-    num_prefix, num_keys = prefix.shape[1], keys.shape[1]
+    num_prefix, num_keys = prefix.shape[1], prefix.shape[1] + keys.shape[1]
     like = dict(dtype=torch.float32, device=queries.device)
-    if not num_keys:
+    if num_keys == num_prefix:
         return torch.empty(rows, 0, **like), torch.zeros(rows, num_queries, **like)
-    score = torch.empty(rows, num_keys, **like)
+    queries, keys = queries.contiguous(), torch.cat((prefix, keys), dim=1).contiguous()
+    score = torch.empty(rows, num_keys - num_prefix, **like)
     lse, share = (torch.empty(rows, num_queries, **like) for _ in range(2))
-    scale = scaling * LOG2E.value
+    sizes = scaling * LOG2E.value, num_queries, num_prefix, num_keys
     tile = _tile(size, queries.element_size())
     sum_kernel[(triton.cdiv(num_queries, tile["BLOCK_M"]), rows)](
-        *(queries, prefix, keys, lse, share, scale, num_queries, num_prefix, num_keys),
-        **head_constants(size),
-        **tile,
+        *(queries, keys, lse, share, *sizes), **head_constants(size), **tile
     )
-    score_kernel[(triton.cdiv(num_keys, tile["BLOCK_N"]), rows)](
-        *(queries, keys, lse, score, scale, num_queries, num_keys),
-        MAX=how == "max",
-        **head_constants(size),
-        **tile,
+    score_kernel[(triton.cdiv(score.shape[1], tile["BLOCK_N"]), rows)](
+        *(queries, keys, lse, score, *sizes), MAX=how == "max", **head_constants(size), **tile
     )
     return score, share
 
@@ -170,7 +154,7 @@ def _job(name: str, size: int, dtype: str) -> Compilation:
     constants = {**head_constants(size), **tile}
     if name != "sums":
         constants["MAX"] = name == "max"
-    types = dict.fromkeys(("query", "prefix", "key"), f"*{dtype}")
+    types = dict.fromkeys(("query", "key"), f"*{dtype}")
     types |= dict.fromkeys(("lse", "share", "score"), "*fp32")
     types |= {"scale": "fp32", "num_queries": "i32", "num_prefix": "i32", "num_keys": "i32"}
     return Compilation(
