@@ -256,8 +256,6 @@ class _RetentionAttention(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
         query, key, value, log_beta, out, lse = ctx.saved_tensors
-        if not out.numel():
-            return *(torch.zeros_like(t) for t in (query, key, value, log_beta)), None
         grad = grad if grad.stride(3) == 1 else grad.contiguous()
         batch, query_heads, rows, size = query.shape
         heads, keys = key.shape[1], key.shape[2]
@@ -265,6 +263,8 @@ class _RetentionAttention(torch.autograd.Function):
         d_key, d_value, d_log_beta, delta = (
             torch.empty_like(t) for t in (key, value, log_beta, lse)
         )
+        if not out.numel():
+            return d_query, d_key.zero_(), d_value.zero_(), d_log_beta.zero_(), None
         scale = ctx.scaling * LOG2E.value
         strides = (*query.stride()[:3], *grad.stride()[:3])
         tile = _tile("query_gradient", size, query.element_size())
@@ -305,7 +305,7 @@ def _tile(kernel: str, size: int, itemsize: int) -> dict[str, int]:
     rows, keys, num_warps, stages = {
         "forward": (64, 64 if small else 32, 4, 2),
         "query_gradient": (64, 32, 4, 2),
-        "key_gradient": (32, 64, 4, 2) if small else (32, 64, 8, 1),
+        "key_gradient": (32, 64, 4, 2) if small else (32, 32, 4, 2),
     }[kernel]
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": num_warps, "num_stages": stages}
 

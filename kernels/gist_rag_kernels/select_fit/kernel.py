@@ -113,12 +113,13 @@ def score_keys(
     """Launch the kernels; arguments as in ``op.score_keys``, already checked."""
     rows, num_queries, size = queries.shape
     num_prefix, num_keys = prefix.shape[1], prefix.shape[1] + keys.shape[1]
-    like = dict(dtype=torch.float32, device=queries.device)
-    if num_keys == num_prefix:
-        return torch.empty(rows, 0, **like), torch.zeros(rows, num_queries, **like)
+    score, lse, share = (
+        torch.empty(rows, n, dtype=torch.float32, device=queries.device)
+        for n in (num_keys - num_prefix, num_queries, num_queries)
+    )
+    if not score.numel():
+        return score, share.zero_()
     queries, keys = queries.contiguous(), torch.cat((prefix, keys), dim=1).contiguous()
-    score = torch.empty(rows, num_keys - num_prefix, **like)
-    lse, share = (torch.empty(rows, num_queries, **like) for _ in range(2))
     sizes = scaling * LOG2E.value, num_queries, num_prefix, num_keys
     tile = _tile(size, queries.element_size())
     sum_kernel[(triton.cdiv(num_queries, tile["BLOCK_M"]), rows)](
