@@ -312,8 +312,7 @@ def _tile(kernel: str, size: int, itemsize: int) -> dict[str, int]:
 
 def compilations() -> list[Compilation]:
     """Forward and backward at the head sizes of 8B, 1B and (padded) 3B-class models."""
-    jobs = [_job(kernel, size, "bf16") for kernel in _KERNELS for size in (64, 96, 128)]
-    return jobs + [_job(kernel, 128, "fp32", hot=False) for kernel in _KERNELS]
+    return [_job(kernel, size) for kernel in _KERNELS for size in (64, 96, 128)]
 
 
 _KERNELS = {
@@ -323,12 +322,12 @@ _KERNELS = {
 }
 
 
-def _job(kernel: str, size: int, dtype: str, *, hot: bool = True) -> Compilation:
+def _job(kernel: str, size: int) -> Compilation:
     function = _KERNELS[kernel]
-    tile = _tile(kernel, size, {"bf16": 2, "fp32": 4}[dtype])
+    tile = _tile(kernel, size, itemsize=2)
     num_warps, num_stages = tile.pop("num_warps"), tile.pop("num_stages")
     types = dict.fromkeys(
-        ("query", "key", "value", "out", "grad", "d_query", "d_key", "d_value"), f"*{dtype}"
+        ("query", "key", "value", "out", "grad", "d_query", "d_key", "d_value"), "*bf16"
     )
     types |= dict.fromkeys(("log_beta", "lse", "delta", "d_log_beta"), "*fp32")
     types |= {"scale": "fp32"}
@@ -339,11 +338,11 @@ def _job(kernel: str, size: int, dtype: str, *, hot: bool = True) -> Compilation
         for axis in ("batch", "head", "row")
     }
     return Compilation(
-        name=f"{kernel}_{dtype}_d{size}",
+        name=f"{kernel}_bf16_d{size}",
         kernel=function,
         signature={name: types[name] for name in function.arg_names if name in types},
         constants={"GROUP": 4, **head_constants(size), **tile},
         num_warps=num_warps,
         num_stages=num_stages,
-        hot=hot,
+        hot=True,
     )
