@@ -19,7 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-OPERATIONS = ("compose_kv", "kv_quant", "slot_attention", "gist_attention")
+OPERATIONS = (
+    "compose_kv",
+    "kv_quant",
+    "slot_attention",
+    "gist_attention",
+    "retention_attention",
+    "select_fit",
+)
 METHODS = ("gist_pool", "unigist", "autoencoding", "sentence_anchored")
 PYTHON = shlex.quote(sys.executable)
 CLI = f"{PYTHON} -m gist_rag.cli"

@@ -261,6 +261,7 @@ class Backbone:
         embeddings: Tensor | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
+        log_beta: Tensor | None = None,
     ) -> Tensor:
         """Residual stream of passages encoded alone.
 
@@ -269,6 +270,8 @@ class Backbone:
             embeddings: ``(B, S, E)`` input embeddings.
             mask: ``(B, 1, S, S)`` bool, or ``None`` for causal.
             positions: ``(B, S)``; default ``0..S-1``.
+            log_beta: ``(L, B, H, S)`` how much of a key's weight each later token leaves, causal
+                passes only; default: all.
 
         Returns:
             ``(L + 1, B, S, E)``: the input of each layer, then the last layer's output before the
@@ -279,6 +282,8 @@ class Backbone:
             arguments = {"inputs_embeds": embeddings}
         if mask is not None:
             arguments["attention_mask"] = mask.to(self.device)
+        if log_beta is not None:
+            arguments["log_beta"] = log_beta
         if positions is None:
             positions = torch.arange(input_ids.shape[1])[None]
         stream: list[Tensor] = []
