@@ -149,6 +149,9 @@ def ask(
     focus: Annotated[
         int | None, typer.Option(min=1, help="Read only so many passages: those that matter most.")
     ] = None,
+    apart: Annotated[
+        int | None, typer.Option(min=1, help="The same, but each by itself; they answer together.")
+    ] = None,
     expand: Annotated[
         float | None, typer.Option(help="Doubt (nats) from which on a passage is read as text.")
     ] = None,
@@ -161,7 +164,12 @@ def ask(
 
         with _loading("the model of the store"):
             rag = GistRAG.open(
-                store, namespace=namespace, reader=reader, focus=focus, expand=expand
+                store,
+                namespace=namespace,
+                reader=reader,
+                focus=focus,
+                apart=apart,
+                expand=expand,
             )
         with rag:
             found = rag.search(question, k)

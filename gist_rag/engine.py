@@ -40,7 +40,7 @@ from gist_rag.errors import (
     StoreLocked,
     StoreWriteError,
 )
-from gist_rag.focus import Expand, Focus, log_likelihoods
+from gist_rag.focus import Expand, Focus, log_likelihoods, make_focus
 from gist_rag.layout import Slots
 from gist_rag.matching import PassageMatcher
 from gist_rag.mixture import Mixture
@@ -181,6 +181,7 @@ class GistEngine:
         positions: Positions = DEFAULT_POSITIONS,
         reader: Path | str | None = None,
         focus: Focus | int | None = None,
+        apart: int | None = None,
         expand: Expand | float | None = None,
         dtype: str | None = None,
         device: str | None = None,
@@ -196,6 +197,7 @@ class GistEngine:
             settings: the compressor's settings, for example ``{"preset": "best"}``.
             reader: alias or folder of a trained reader; default: the one that belongs to ``model``.
             focus: see ``GistEngine``; a number is short for ``Focus(passages=...)``.
+            apart: short for ``focus=Focus(passages=..., apart=True)``.
             expand: see ``GistEngine``; a number is short for ``Expand(doubt=...)``.
             dtype, device: see ``models.load_model``.
         """
@@ -209,7 +211,7 @@ class GistEngine:
             namespace=namespace,
             positions=positions,
             reader=answers,
-            focus=Focus(focus) if isinstance(focus, int) else focus,
+            focus=make_focus(focus, apart),
             expand=Expand(expand) if isinstance(expand, int | float) else expand,
         )
 

@@ -59,6 +59,19 @@ class Focus:
         return [place for place in _best(likelihoods, self.passages) if near[place]]
 
 
+def make_focus(focus: Focus | int | None = None, apart: int | None = None) -> Focus | None:
+    """From numbers: how many passages are read together, or how many apart.
+
+    Raises:
+        BadInput: both are given.
+    """
+    if focus is not None and apart is not None:
+        raise BadInput("focus reads passages together and apart each by itself; give one of them")
+    if apart is not None:
+        return Focus(apart, apart=True)
+    return Focus(focus) if isinstance(focus, int) else focus
+
+
 @dataclass(frozen=True)
 class Expand:
     """When to read text after all, and how much of it.

@@ -23,6 +23,7 @@ NAMES_ENGINE = (
     "namespace",
     "reader",
     "focus",
+    "apart",
     "expand",
     "dtype",
     "device",

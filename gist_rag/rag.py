@@ -67,6 +67,7 @@ class GistRAG:
         embedder: Embedder | None = None,
         reader: str | Path | None = None,
         focus: int | None = None,
+        apart: int | None = None,
         expand: float | None = None,
         dtype: str | None = None,
         device: str | None = None,
@@ -79,7 +80,7 @@ class GistRAG:
             model: where the model is to be found now, if not under its old name.
             compressor: where the folder of a trained compressor is to be found now.
             embedder: default the one the index was made with.
-            reader, focus, expand: see ``GistEngine.from_pretrained``.
+            reader, focus, apart, expand: see ``GistEngine.from_pretrained``.
             dtype, device: see ``models.load_model``.
 
         Raises:
@@ -95,8 +96,13 @@ class GistRAG:
             embedder = embedder or named_embedder(index.embedder)
             check_index(index, opened, space)
             options = {
-                "reader": reader, "focus": focus, "expand": expand, "dtype": dtype, "device": device
-            }  # fmt: skip
+                "reader": reader,
+                "focus": focus,
+                "apart": apart,
+                "expand": expand,
+                "dtype": dtype,
+                "device": device,
+            }
             engine = _reopen(opened, description, model, compressor, **options)
             if engine.space != space:
                 raise SpaceMismatch(

@@ -12,7 +12,7 @@ from gist_rag.compose import arrange
 from gist_rag.compressors import make_compressor
 from gist_rag.engine import GistEngine
 from gist_rag.errors import BadInput
-from gist_rag.focus import ROWS, Expand, Focus, log_likelihoods
+from gist_rag.focus import ROWS, Expand, Focus, log_likelihoods, make_focus
 from gist_rag.types import Answer, Passage, Sampling
 
 QUESTION = "\n\nWhat is SQLite?"
@@ -182,3 +182,11 @@ def test_one_passage_apart_is_one_passage(make_engine: Engines, passages: list[P
     for engine in (apart, together):
         engine.precompute(passages[:3])
     assert ask(apart, prompt(passages[:3])).text == ask(together, prompt(passages[:3])).text
+
+
+def test_together_or_apart_but_not_both() -> None:
+    assert make_focus() is None
+    assert make_focus(2) == Focus(2) == make_focus(Focus(2))
+    assert make_focus(apart=3) == Focus(3, apart=True)
+    with pytest.raises(BadInput, match="give one of them"):
+        make_focus(2, 3)

@@ -92,6 +92,9 @@ class GistModel(BaseLanguageModel[Any], ABC):
     focus: int | None = Field(default=None, ge=1)
     """How many of its passages a prompt reads as gists: those that make the question likeliest;
     ``None`` for all."""
+    apart: int | None = Field(default=None, ge=1)
+    """The same, but each is read by itself, and they answer together. Better answers from several
+    passages, later first tokens."""
     expand: float | None = Field(default=None, ge=0)
     """Entropy of an answer's first token, in nats, from which on the passage that matters most is
     read as text after all; ``None`` for never."""

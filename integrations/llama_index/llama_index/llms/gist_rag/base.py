@@ -103,6 +103,12 @@ class GistLLM(FunctionCallingLLM):
         description="How many of its passages a prompt reads as gists: those that make the "
         "question likeliest; None for all.",
     )
+    apart: int | None = Field(
+        default=None,
+        ge=1,
+        description="The same, but each is read by itself, and they answer together: better "
+        "answers from several passages, later first tokens.",
+    )
     expand: float | None = Field(
         default=None,
         ge=0,
