@@ -445,15 +445,33 @@ class Backbone:
         texts: Sequence[Local],
         adapter: Adapter | None = None,
         mixture: Mixture | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Opened:
         """Read a batch of prompts up to their first token.
 
         Args:
             mixture: which prompts answer together; default: each for itself.
+            counts: of how many tokens of each text's end the likelihood is wanted.
         """
         step = self._start(context, texts, adapter)
-        logits = self._forward(step, 1)
-        return Opened(step, logits, mixture or Mixture.of_one_each(len(texts), self.device))
+        hidden = self._hidden(step)
+        return Opened(
+            step,
+            self._logits(hidden, 1),
+            mixture or Mixture.of_one_each(len(texts), self.device),
+            None if counts is None else self._likelihoods(hidden, texts, counts),
+        )
+
+    def _likelihoods(self, hidden: Tensor, texts: Sequence[Local], counts: Sequence[int]) -> Tensor:
+        """``(B,)`` log-likelihoods of so many tokens of each text's end, from the last hidden
+        states ``(B, Q, E)``. A text's first token is never among them: none stands before it."""
+        sums = []
+        for row, text, wanted in zip(hidden, texts, counts, strict=True):
+            count = min(wanted, len(text.ids) - 1)
+            said = text.ids[len(text.ids) - count :].to(row.device)
+            logits = self.model.lm_head(row[len(row) - 1 - count : -1])
+            sums.append(-nn.functional.cross_entropy(logits.float(), said, reduction="sum"))
+        return torch.stack(sums)
 
     @torch.no_grad()
     def go_on(
@@ -602,22 +620,29 @@ class Backbone:
         return cache
 
     def _forward(self, step: _Step, num_logits: int) -> Tensor:
+        return self._logits(self._hidden(step), num_logits)
+
+    def _logits(self, hidden: Tensor, count: int) -> Tensor:
+        # contiguous: torch would copy the vocabulary's weights for each prompt of a strided batch
+        logits: Tensor = self.model.lm_head(hidden[:, -count:].contiguous())
+        return logits
+
+    def _hidden(self, step: _Step) -> Tensor:
+        """``(B, Q, E)`` after the last norm."""
         arguments: dict[str, Any] = {}
         if step.visible is not None:
             arguments["attention_mask"] = step.visible
         if step.reading is not None:
             arguments["slots"] = step.reading
         with self.lock, step.adapter.active(step.adapted) if step.adapter else nullcontext():
-            out = self.model.model(
+            hidden: Tensor = self.model.model(
                 input_ids=step.ids,
                 position_ids=step.positions,
                 past_key_values=step.cache,
                 use_cache=True,
                 **arguments,
-            )
-        # contiguous: torch would copy the vocabulary's weights for each prompt of a strided batch
-        logits: Tensor = self.model.lm_head(out.last_hidden_state[:, -num_logits:].contiguous())
-        return logits
+            ).last_hidden_state
+        return hidden
 
 
 @dataclass(frozen=True)
@@ -633,6 +658,19 @@ class _Step:
     reading: Reading | None
     adapter: Adapter | None
     adapted: Tensor
+
+    def select(self, rows: Tensor, slots: Slots | None) -> _Step:
+        """Of some rows, once they have been read: their text is in the cache."""
+        self.cache.batch_select_indices(rows)
+        return _Step(
+            self.ids[rows],
+            self.positions[rows],
+            None if self.visible is None else self.visible[rows],
+            self.cache,
+            None if slots is None else Reading.of(slots, None),
+            self.adapter,
+            self.adapted[rows],
+        )
 
     def append(self, ids: Tensor) -> _Step:
         """The next step: tokens ``(B, Q)``, which see everything before them."""
@@ -659,11 +697,22 @@ class Opened:
     Attributes:
         logits: ``(R, 1, V)`` of the first tokens.
         mixture: which of the ``R`` prompts answer together.
+        likelihoods: ``(R,)`` of the ends of the texts, where they were wanted.
     """
 
     step: _Step
     logits: Tensor
     mixture: Mixture
+    likelihoods: Tensor | None = None
+
+    def select(self, rows: Sequence[int], slots: Slots | None, mixture: Mixture) -> Opened:
+        """Some of the prompts, to go on with; the others cannot be gone on with any more.
+
+        Args:
+            slots: composed gists of these prompts.
+        """
+        chosen = torch.tensor(rows, device=self.logits.device)
+        return Opened(self.step.select(chosen, slots), self.logits[chosen], mixture)
 
     @property
     def entropy(self) -> Tensor:

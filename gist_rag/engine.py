@@ -17,7 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -428,12 +428,13 @@ class GistEngine:
         if not alive:
             return
         segments, sampling = [segments[i] for i in alive], [requests[i].sampling for i in alive]
-        chosen = self._focus(segments, fetched.states)
+        prompts = self._focus(segments, fetched.states)
         clock.lap("focus_ms")
-        plans, slots, opened = self._open(chosen, fetched.states, sampling, clock)
-        chosen = self._expand(chosen, fetched.states, opened)
-        if any(c.expanded for c in chosen):
-            plans, slots, opened = self._open(chosen, fetched.states, sampling, clock)
+        plans, slots, opened = self._open(prompts, fetched.states, sampling, clock)
+        doubtful = self._doubtful(plans, opened)
+        if doubtful:
+            prompts = self._expand(prompts, doubtful, fetched.states)
+            plans, slots, opened = self._open(prompts, fetched.states, sampling, clock)
         kernels = "reference" if slots is None else kernels_of(slots)
         steps = self.backbone.go_on(opened, sampling)
         going, stopped = dict(enumerate(alive)), None  # rows of the batch and their requests
@@ -452,8 +453,7 @@ class GistEngine:
                     ended |= {row for row, i in going.items() if rows[i].over}
                 for row in sorted(ended):
                     i = going.pop(row)
-                    times = clock.times_in_all()
-                    stats = fetched.stats(i, plans[row], times, kernels, chosen[row])
+                    stats = fetched.stats(i, plans[row], clock.times_in_all(), kernels)
                     pieces.append((i, Chunk(*rows[i].finish(stats, plans[row].passages))))
                 stopped = set(range(len(alive))) - going.keys()
                 yield pieces
@@ -467,56 +467,83 @@ class GistEngine:
         sampling: Sequence[Sampling],
         clock: _Clock,
     ) -> tuple[list[_Plan], Slots | None, Opened]:
-        """Compose prompts and read them up to the first token of their answers."""
-        apart = [chosen.apart() for chosen in prompts]
-        rows = [[self._plan(segments, states) for segments in one] for one in apart]
+        """Compose prompts and read them up to the first token of their answers.
+
+        Where passages are read apart, all are read up to there, and those that matter go on.
+        """
+        rows = [[self._plan(s, states) for s in prompt.rows()] for prompt in prompts]
         plans = [plan for one in rows for plan in one]
-        owner = [i for i, one in enumerate(rows) for _ in one]
         texts = [plan.text for plan in plans]
+        owner = [i for i, one in enumerate(rows) for _ in one]
         self.backbone.check_window(texts, [sampling[i] for i in owner])
         prefixes = [self._prefix(plan.prefix) for plan in plans]
         slots = compose([plan.placed for plan in plans], self.backbone)
         clock.lap("compose_ms")
-        weights = torch.cat([chosen.log_weights for chosen in prompts]).to(self.backbone.device)
+        ends = [len(self.backbone.tokenize(prompt.segments[-1].text)) for prompt in prompts]
         opened = self.backbone.open(
-            Context(prefixes, slots), texts, self.reader, Mixture(owner, weights)
+            Context(prefixes, slots),
+            texts,
+            self.reader,
+            counts=[ends[i] for i in owner] if len(plans) > len(prompts) else None,
         )
-        return [_Plan.joined(one) for one in rows], slots, opened
+        if opened.likelihoods is not None:
+            slots, opened, rows = self._select(opened, rows)
+        joined = zip(rows, prompts, strict=True)
+        return [_Plan.joined(one, prompt) for one, prompt in joined], slots, opened
+
+    def _select(
+        self, opened: Opened, rows: Sequence[Sequence[_Plan]]
+    ) -> tuple[Slots | None, Opened, list[list[_Plan]]]:
+        """Go on with those of each prompt's rows that matter."""
+        assert self.focus is not None
+        assert opened.likelihoods is not None
+        kept: list[list[_Plan]] = []
+        places, weights, first = [], [], 0
+        for one, found in zip(rows, opened.likelihoods.split([*map(len, rows)]), strict=True):
+            chosen = sorted(self.focus.chosen(found))
+            kept.append([one[place] for place in chosen])
+            places += [first + place for place in chosen]
+            weights.append(found[chosen] / self.focus.temperature)
+            first += len(one)
+        slots = compose([plan.placed for one in kept for plan in one], self.backbone)
+        owner = [i for i, one in enumerate(kept) for _ in one]
+        return slots, opened.select(places, slots, Mixture(owner, torch.cat(weights))), kept
 
     def _focus(
         self, prompts: Sequence[list[Segment]], states: Mapping[str, GistState]
     ) -> list[_Chosen]:
-        """Prompts with the passages that matter."""
+        """What is to be read of prompts: all, or only what matters, or each passage apart."""
         chosen, focus = [_Chosen(prompt) for prompt in prompts], self.focus
         if focus is None:
             return chosen
-        fewest = 1 if focus.apart else focus.passages
-        many = [i for i, prompt in enumerate(prompts) if _num_known(prompt) > fewest]
+        if focus.apart:
+            return [replace(c, apart=_num_known(c.segments) > 1) for c in chosen]
+        many = [i for i, prompt in enumerate(prompts) if _num_known(prompt) > focus.passages]
         likelihoods = self._likelihoods([prompts[i] for i in many], states)
         for i, found in zip(many, likelihoods, strict=True):
-            places = sorted(focus.chosen(found))
-            weights = found[places] / focus.temperature if focus.apart else TOGETHER
-            left = len(found) - len(places)
-            chosen[i] = _Chosen(_with_only(prompts[i], places), weights, left_out=left)
+            chosen[i] = _Chosen(_with_only(prompts[i], focus.chosen(found)))
         return chosen
 
-    def _expand(
-        self, prompts: Sequence[_Chosen], states: Mapping[str, GistState], opened: Opened
-    ) -> list[_Chosen]:
-        """Prompts with what matters as text where there is doubt; it is read with the others."""
-        chosen = list(prompts)
+    def _doubtful(self, plans: Sequence[_Plan], opened: Opened) -> list[int]:
+        """Prompts whose gists leave a doubt."""
         if self.expand is None:
-            return chosen
-        doubtful = [
-            i
-            for i, doubt in enumerate(self.expand.doubtful(opened))
-            if doubt and _num_known(prompts[i].segments)
-        ]
+            return []
+        doubts = enumerate(self.expand.doubtful(opened))
+        return [i for i, doubt in doubts if doubt and plans[i].placed]
+
+    def _expand(
+        self, prompts: Sequence[_Chosen], doubtful: Sequence[int], states: Mapping[str, GistState]
+    ) -> list[_Chosen]:
+        """Prompts with what matters as text where there is doubt. It is read with the others, or,
+        where these would be apart, without them."""
+        assert self.expand is not None
+        chosen = list(prompts)
         likelihoods = self._likelihoods([prompts[i].segments for i in doubtful], states)
         for i, found in zip(doubtful, likelihoods, strict=True):
-            places = self.expand.chosen(found)
-            segments = _as_text(prompts[i].segments, places)
-            chosen[i] = _Chosen(segments, left_out=prompts[i].left_out, expanded=len(places))
+            places, segments = self.expand.chosen(found), prompts[i].segments
+            if prompts[i].apart:
+                segments, places = _with_only(segments, places), list(range(len(places)))
+            chosen[i] = _Chosen(_as_text(segments, places), expanded=len(places))
         return chosen
 
     def _likelihoods(
@@ -657,11 +684,9 @@ class GistEngine:
             merge(s if isinstance(s, Text) or s.content in states else Text(s.text) for s in prompt)
             for prompt in prompts
         ]
-        missed = [
-            sum(isinstance(s, Known) for s in before) - sum(isinstance(s, Known) for s in after)
-            for before, after in zip(given, texts, strict=True)
-        ]
-        return texts, _Fetched(states, sizes, missed)
+        found = [_num_known(after) for after in texts]
+        missed = [_num_known(before) - n for before, n in zip(given, found, strict=True)]
+        return texts, _Fetched(states, sizes, found, missed)
 
     def _heal(self, contents: set[str]) -> dict[str, PackedState]:
         """Compress again what the store holds but cannot read; on failure it stays a miss."""
@@ -765,28 +790,24 @@ class GistEngine:
         self.close()
 
 
-TOGETHER = torch.zeros(1)
-"""The weight of a prompt that is read by itself."""
-
-
 @dataclass(frozen=True)
 class _Chosen:
-    """What is read of a prompt, and what else became of its passages.
+    """What is to be read of a prompt.
 
     Attributes:
-        log_weights: ``(1,)``, or ``(P,)`` where each passage is read apart.
+        apart: whether each of its passages is read by itself.
+        expanded: how many of its passages are text by now.
     """
 
     segments: list[Segment]
-    log_weights: Tensor = TOGETHER
-    left_out: int = 0
+    apart: bool = False
     expanded: int = 0
 
-    def apart(self) -> list[list[Segment]]:
-        """The prompts that answer together, one per weight."""
-        if len(self.log_weights) == 1:
+    def rows(self) -> list[list[Segment]]:
+        """Prompts for the model."""
+        if not self.apart:
             return [self.segments]
-        return [_with_only(self.segments, [place]) for place in range(len(self.log_weights))]
+        return [_with_only(self.segments, [place]) for place in range(_num_known(self.segments))]
 
 
 @dataclass(frozen=True)
@@ -797,21 +818,28 @@ class _Plan:
     placed: list[Placed]
     passages: list[Passage]
     text: Local
+    expanded: int = 0
 
     @classmethod
-    def joined(cls, plans: Sequence[_Plan]) -> _Plan:
-        """Of prompts that answer together, for what is told of their cost."""
-        placed = [p for plan in plans for p in plan.placed]
-        passages = [p for plan in plans for p in plan.passages]
-        return cls(plans[0].prefix, placed, passages, Local.join([p.text for p in plans]))
+    def joined(cls, plans: Sequence[_Plan], prompt: _Chosen) -> _Plan:
+        """Of a prompt whose passages have been read apart, or together."""
+        return cls(
+            plans[0].prefix,
+            [p for plan in plans for p in plan.placed],
+            [p for plan in plans for p in plan.passages],
+            Local.join([plan.text for plan in plans]),
+            prompt.expanded,
+        )
 
 
 @dataclass(frozen=True)
 class _Fetched:
-    """Gists of a batch by content, their sizes in bytes, and misses per prompt."""
+    """Gists of a batch by content, their sizes in bytes, and per prompt how many were found or
+    missed."""
 
     states: Mapping[str, GistState]
     sizes: Mapping[str, int]
+    found: Sequence[int]
     missed: Sequence[int]
 
     def stats(
@@ -820,14 +848,13 @@ class _Fetched:
         plan: _Plan,
         times: Mapping[str, float],
         kernels: str = "reference",
-        chosen: _Chosen | None = None,
     ) -> Stats:
         contents = [p.content for p in plan.passages]
         return Stats(
             hits=len(contents),
             misses=self.missed[prompt],
-            expanded=chosen.expanded if chosen else 0,
-            left_out=chosen.left_out if chosen else 0,
+            expanded=plan.expanded,
+            left_out=self.found[prompt] - len(contents) - plan.expanded,
             gist_slots=sum(p.state.mean_slots for p in plan.placed),
             source_tokens=sum(p.state.num_tokens for p in plan.placed),
             text_tokens=len(plan.text.ids),

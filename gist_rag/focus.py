@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
 from gist_rag.compose import Placed, compose
@@ -99,7 +99,6 @@ def _best(likelihoods: Tensor, count: int) -> list[int]:
     return places
 
 
-@torch.no_grad()
 def log_likelihoods(
     backbone: Backbone,
     prefixes: Sequence[Prefix],
@@ -111,20 +110,16 @@ def log_likelihoods(
 
     Args:
         prefixes, placed, texts: of each prompt.
-        counts: how many tokens of each text's end are judged; its first token never is, since
-            nothing of the text stands before it.
+        counts: how many tokens of each text's end are judged, see ``Backbone.open``.
 
     Returns:
         ``(B,)`` sums of log-probabilities.
     """
-    out = []
+    found = []
     for first in range(0, len(texts), ROWS):
         rows = slice(first, first + ROWS)
-        wanted = [min(n, len(t.ids) - 1) for n, t in zip(counts[rows], texts[rows], strict=True)]
         context = Context(prefixes[rows], compose(placed[rows], backbone))
-        logits = backbone.read(context, texts[rows], num_logits=max(wanted) + 1)
-        for row, text, count in zip(logits, texts[rows], wanted, strict=True):
-            said = text.ids[len(text.ids) - count :].to(row.device)
-            given = row[len(row) - 1 - count : -1].float()
-            out.append(-nn.functional.cross_entropy(given, said, reduction="sum"))
-    return torch.stack(out).cpu()
+        opened = backbone.open(context, texts[rows], counts=counts[rows])
+        assert opened.likelihoods is not None
+        found.append(opened.likelihoods.cpu())
+    return torch.cat(found)
