@@ -347,6 +347,7 @@ def ttft(
     model: Model = DEFAULT_RAG_MODEL,
     ratio: Annotated[float, typer.Option(help="Tokens per kept slot.")] = 8.0,
     repeats: Annotated[int, typer.Option(help="Timed prompts per row and arm.")] = 5,
+    apart: Annotated[int, typer.Option(min=1, help="Passages that answer, read apart.")] = 3,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
@@ -360,7 +361,13 @@ def ttft(
             raise BadInput(f"--passages is {passages!r}; give numbers, as in 1,2,5") from None
         with _loading(model) as say:
             result = bench_ttft(
-                counts, model=model, ratio=ratio, dtype=dtype, repeats=repeats, progress=say
+                counts,
+                model=model,
+                ratio=ratio,
+                dtype=dtype,
+                repeats=repeats,
+                apart=apart,
+                progress=say,
             )
         _show_rows(result, as_json)
 
