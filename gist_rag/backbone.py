@@ -451,7 +451,9 @@ class Backbone:
 
         Args:
             mixture: which prompts answer together; default: each for itself.
-            counts: of how many tokens of each text's end the likelihood is wanted.
+            counts: of how many tokens of each text's end the likelihood is wanted. Neither its
+                first token is judged, since none of it stands before, nor what an adapter reads:
+                it has learnt what comes after that.
         """
         step = self._start(context, texts, adapter)
         hidden = self._hidden(step)
@@ -459,18 +461,21 @@ class Backbone:
             step,
             self._logits(hidden, 1),
             mixture or Mixture.of_one_each(len(texts), self.device),
-            None if counts is None else self._likelihoods(hidden, texts, counts),
+            None if counts is None else self._likelihoods(hidden, step, texts, counts),
         )
 
-    def _likelihoods(self, hidden: Tensor, texts: Sequence[Local], counts: Sequence[int]) -> Tensor:
-        """``(B,)`` log-likelihoods of so many tokens of each text's end, from the last hidden
-        states ``(B, Q, E)``. A text's first token is never among them: none stands before it."""
+    def _likelihoods(
+        self, hidden: Tensor, step: _Step, texts: Sequence[Local], counts: Sequence[int]
+    ) -> Tensor:
+        """``(B,)`` log-likelihoods of the ends of texts, from the last hidden states
+        ``(B, Q, E)``; see ``open``."""
         sums = []
-        for row, text, wanted in zip(hidden, texts, counts, strict=True):
-            count = min(wanted, len(text.ids) - 1)
-            said = text.ids[len(text.ids) - count :].to(row.device)
-            logits = self.model.lm_head(row[len(row) - 1 - count : -1])
-            sums.append(-nn.functional.cross_entropy(logits.float(), said, reduction="sum"))
+        for row, text in enumerate(texts):
+            ids, size = step.ids[row], step.ids.shape[1]
+            first = size - min(counts[row], len(text.ids) - 1)
+            end = max(first, size - int(step.adapted[row].count_nonzero()))
+            logits = self.model.lm_head(hidden[row, first - 1 : end - 1]).float()
+            sums.append(-nn.functional.cross_entropy(logits, ids[first:end], reduction="sum"))
         return torch.stack(sums)
 
     @torch.no_grad()

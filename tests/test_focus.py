@@ -7,12 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gist_rag.backbone import Backbone
+from gist_rag.backbone import Backbone, Context, Local
 from gist_rag.compose import arrange
 from gist_rag.compressors import make_compressor
 from gist_rag.engine import GistEngine
 from gist_rag.errors import BadInput
 from gist_rag.focus import ROWS, Expand, Focus, log_likelihoods, make_focus
+from gist_rag.lora import LoRAConfig
+from gist_rag.reader import Reader
 from gist_rag.types import Answer, Passage, Sampling
 
 QUESTION = "\n\nWhat is SQLite?"
@@ -57,6 +59,20 @@ def test_likelihoods_are_those_of_plain_text(any_backbone: Backbone) -> None:
         logs = logs.log_softmax(-1)[-1 - count : -1]
         expected = logs.gather(-1, question[-count:, None]).sum()
         assert float(found[place]) == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_what_an_adapter_reads_is_not_judged(backbone: Backbone) -> None:
+    """A reader has not learnt to foretell the opening that it begins with."""
+    reader = Reader(backbone, LoRAConfig(rank=2))
+    for weight in reader.parameters():
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    question, opening = map(backbone.tokenize, ("What is SQLite?", backbone.opening))
+    texts = [Local.after(torch.cat((question, opening)), 0, 0), Local.after(question, 0, 0)]
+    context = Context([backbone.prefix(question[:0])] * 2, None)
+    counts = [len(text.ids) for text in texts]
+    adapted = backbone.open(context, texts, reader, counts=counts)
+    assert adapted.likelihoods is not None
+    assert float(adapted.likelihoods[0]) == pytest.approx(float(adapted.likelihoods[1]), abs=1e-3)
 
 
 @pytest.mark.parametrize(
