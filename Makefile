@@ -17,7 +17,8 @@ RATIOS := 2 4 8 16
 CONTROLS := truncated strided mean_pooled attention_matching
 COMMA := ,
 REFINED := attention_matching@8,attention_matching@16,attention_matching@32
-EXPANDED := attention_matching@8+1,attention_matching@16+1
+CHOSEN := reuse~3,attention_matching@8:1,attention_matching@8~3,attention_matching@8+1
+CHOSEN := $(CHOSEN),attention_matching@16~3,attention_matching@16+1,attention_matching@32~3
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
 EACH := $(foreach r,$(RATIOS),$(foreach c,$(CONTROLS),$(COMMA)$(c)@$(r)))
@@ -45,7 +46,7 @@ bench: .venv/.demo ## time to first token and cost of compressing on this CPU, i
 
 quality: .venv/.demo ## evaluate on TASK=FILE, one and five passages, into benchmarks/ (hours on a CPU)
 	for n in 1 5; do \
-		$(EVALUATE) --passages $$n --arms $(ARMS)$(COMMA)$(EXPANDED) --out $(QUALITY)/rag_p$$n.json; \
+		$(EVALUATE) --passages $$n --arms $(ARMS)$(COMMA)$(CHOSEN) --out $(QUALITY)/rag_p$$n.json; \
 		$(PLAIN) --passages $$n --arms $(ARMS) --out $(QUALITY)/nq_p$${n}_balanced.json; \
 		$(PLAIN) --passages $$n --preset thorough --arms reuse$(COMMA)$(REFINED) \
 			--out $(QUALITY)/nq_p$${n}_thorough.json; \

@@ -19,7 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-OPERATIONS = ("compose_kv", "kv_quant", "slot_attention", "gist_attention")
+OPERATIONS = (
+    "compose_kv",
+    "kv_quant",
+    "slot_attention",
+    "gist_attention",
+    "retention_attention",
+    "select_fit",
+)
 METHODS = ("gist_pool", "unigist", "autoencoding", "sentence_anchored")
 PYTHON = shlex.quote(sys.executable)
 CLI = f"{PYTHON} -m gist_rag.cli"
@@ -43,7 +50,8 @@ def steps(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         trained = [f"{out}/{method}" for method in METHODS if (out / method).exists()]
         ratios = [f"attention_matching@{ratio}" for ratio in (8, 16, 32)]
         command = f"{CLI} evaluate --task {args.task} --passages {passages} --limit 200 {model}"
-        arms = ",".join(("reuse", *ratios, "attention_matching@16+1", *trained))
+        apart = [f"{arm}~3" for arm in ("reuse", *ratios)] if passages > 1 else []
+        arms = ",".join(("reuse", *ratios, *apart, "attention_matching@16+1", *trained))
         yield (
             f"evaluate-{passages}",
             f"{command} {reader} --preset best --arms {arms} --out {out}/nq_p{passages}.json",

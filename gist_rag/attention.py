@@ -1,7 +1,8 @@
 """Attention over gist slots and local tokens: what transformers calls in every layer.
 
 transformers hands keyword arguments of a model's forward pass down to a registered attention
-function, so composed gists travel as ``slots=``. Without them the function is SDPA.
+function, so composed gists travel as ``slots=``, and the decay of keys as ``log_beta=``. Without
+them the function is SDPA.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gist_rag_kernels import (
     choose,
     plan_layers,
     ragged_slot_attention,
+    retention_attention,
     slot_attention,
 )
 
@@ -65,6 +67,7 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     slots: Reading | None = None,
+    log_beta: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """One layer's attention.
@@ -73,10 +76,22 @@ def attend(
         query: ``(B, Hq, Q, D)``.
         key, value: ``(B, H, K, D)`` of the local tokens.
         attention_mask: ``(B, 1, Q, K)`` bool over the local tokens, or ``None`` for causal.
+        log_beta: ``(L, B, H, K)`` decay per token of the local keys' weight, all layers.
 
     Returns:
         ``(B, Q, Hq, D)`` and ``None``, as transformers expects.
     """
+    if log_beta is not None:
+        assert slots is None, "slots do not fade"
+        assert attention_mask is None, "decay reads causally"
+        faded = retention_attention(
+            query,
+            key,
+            value,
+            log_beta[int(module.layer_idx)],  # type: ignore[arg-type]
+            scaling=scaling,
+        )
+        return faded.transpose(1, 2).contiguous(), None
     if slots is None:
         result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs

@@ -30,6 +30,7 @@ from gist_rag.attention import ATTENTION, Reading
 from gist_rag.constrain import Follower, Grammars
 from gist_rag.errors import BadInput, ContextOverflow, UnsupportedBackbone
 from gist_rag.layout import Slots
+from gist_rag.mixture import Mixture
 from gist_rag.sampling import Chooser
 from gist_rag.types import Sampling
 from gist_rag_kernels import rotate
@@ -260,6 +261,7 @@ class Backbone:
         embeddings: Tensor | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
+        log_beta: Tensor | None = None,
     ) -> Tensor:
         """Residual stream of passages encoded alone.
 
@@ -268,6 +270,8 @@ class Backbone:
             embeddings: ``(B, S, E)`` input embeddings.
             mask: ``(B, 1, S, S)`` bool, or ``None`` for causal.
             positions: ``(B, S)``; default ``0..S-1``.
+            log_beta: ``(L, B, H, S)`` how much of a key's weight each later token leaves, causal
+                passes only; default: all.
 
         Returns:
             ``(L + 1, B, S, E)``: the input of each layer, then the last layer's output before the
@@ -278,6 +282,8 @@ class Backbone:
             arguments = {"inputs_embeds": embeddings}
         if mask is not None:
             arguments["attention_mask"] = mask.to(self.device)
+        if log_beta is not None:
+            arguments["log_beta"] = log_beta
         if positions is None:
             positions = torch.arange(input_ids.shape[1])[None]
         stream: list[Tensor] = []
@@ -438,66 +444,57 @@ class Backbone:
         context: Context,
         texts: Sequence[Local],
         adapter: Adapter | None = None,
-        *,
-        watch: bool = False,
+        mixture: Mixture | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Opened:
         """Read a batch of prompts up to their first token.
 
         Args:
-            watch: keep what ``attention_shares`` needs.
+            mixture: which prompts answer together; default: each for itself.
+            counts: of how many tokens of each text's end the likelihood is wanted.
         """
         step = self._start(context, texts, adapter)
-        stream: list[Tensor] = []
-        with self.lock, _recorded(self.layers, stream, last=True) if watch else nullcontext():
-            logits = self._forward(step, 1)
-        return Opened(step, logits, torch.stack(stream) if watch else None)
+        hidden = self._hidden(step)
+        return Opened(
+            step,
+            self._logits(hidden, 1),
+            mixture or Mixture.of_one_each(len(texts), self.device),
+            None if counts is None else self._likelihoods(hidden, texts, counts),
+        )
 
-    @torch.no_grad()
-    def attention_shares(self, opened: Opened) -> Tensor:
-        """How much each prompt's last token looks at each of its passages.
-
-        Returns:
-            ``(B, P)``: shares of its attention, means over layers and query heads; 0 where a prompt
-            has fewer passages than ``P``.
-        """
-        step, reading = opened.step, opened.step.reading
-        assert opened.residual is not None
-        assert reading is not None
-        slots, batch = reading.slots, len(step.ids)
-        shares = torch.zeros(batch, int(slots.order.max()) + 1, device=self.device)
-        with step.adapter.active(step.adapted[:, -1:]) if step.adapter else nullcontext():
-            queries = self.project_queries(opened.residual[:-1], step.positions[:, -1:])
-        for index, query in enumerate(queries):  # (B, H, G, D)
-            keys, _, _, order = slots.layer(index)  # (B, H, N, D), (B, H, N)
-            if not keys.shape[2]:
-                continue
-            far = query @ keys.float().mT * self.scaling
-            far = far + slots.visible_bias(index, None)
-            near = query @ step.cache.layers[index].keys.float().mT * self.scaling
-            if step.visible is not None:
-                near = near.masked_fill(~step.visible[:, None, None], -torch.inf)
-            read = torch.cat((far, near), -1).softmax(-1)[..., : keys.shape[2]].mean(2)
-            shares.scatter_add_(1, order.flatten(1).long(), read.flatten(1))
-        return shares / (self.num_layers * self.num_heads)
+    def _likelihoods(self, hidden: Tensor, texts: Sequence[Local], counts: Sequence[int]) -> Tensor:
+        """``(B,)`` log-likelihoods of so many tokens of each text's end, from the last hidden
+        states ``(B, Q, E)``. A text's first token is never among them: none stands before it."""
+        sums = []
+        for row, text, wanted in zip(hidden, texts, counts, strict=True):
+            count = min(wanted, len(text.ids) - 1)
+            said = text.ids[len(text.ids) - count :].to(row.device)
+            logits = self.model.lm_head(row[len(row) - 1 - count : -1])
+            sums.append(-nn.functional.cross_entropy(logits.float(), said, reduction="sum"))
+        return torch.stack(sums)
 
     @torch.no_grad()
     def go_on(
         self, opened: Opened, sampling: Sequence[Sampling]
     ) -> Generator[list[int | None], set[int] | None]:
-        """``decode`` from where ``open`` left off."""
+        """``decode`` from where ``open`` left off; once only. Rows are those of the mixture."""
         choosers = [Chooser(s, self.device, self._follower(s)) for s in sampling]
-        state, logits = opened.step, opened.logits
+        state, logits, mixture = opened.step, opened.logits, opened.mixture
+        scores = mixture(logits[:, -1])
         unread: list[list[int]] = []  # tokens of each step since the last forward pass
         done: set[int] = set()
         for step in range(max(s.max_tokens for s in sampling)):
             done |= {row for row, s in enumerate(sampling) if step >= s.max_tokens}
             going = [choosers[row] for row in range(len(sampling)) if row not in done]
             if unread and not all(choose.knows_next for choose in going):
-                state = state.append(torch.tensor(unread, device=self.device).T)
-                logits, unread = self._forward(state, 1), []
+                said = torch.tensor(unread, device=self.device).T  # (B, n)
+                mixture.tell(logits[:, -1:], said[:, :1])
+                state = state.append(said[mixture.owner])
+                logits, unread = self._forward(state, said.shape[1]), []
+                mixture.tell(logits[:, :-1], said[:, 1:])
+                scores = mixture(logits[:, -1])
             tokens = [
-                None if row in done else choose(logits[row, -1])
-                for row, choose in enumerate(choosers)
+                None if row in done else choose(scores[row]) for row, choose in enumerate(choosers)
             ]
             done |= {row for row, token in enumerate(tokens) if token in self.stop_ids}
             done |= (yield tokens) or set()
@@ -509,7 +506,7 @@ class Backbone:
 
     def write(self, opened: Opened, max_tokens: int) -> list[str]:
         """What is decoded greedily, one text per prompt."""
-        written: list[list[int]] = [[] for _ in opened.logits]
+        written: list[list[int]] = [[] for _ in opened.mixture.sizes]
         for step in self.go_on(opened, [Sampling(max_tokens=max_tokens)] * len(written)):
             for tokens, token in zip(written, step, strict=True):
                 if token is not None:
@@ -623,22 +620,29 @@ class Backbone:
         return cache
 
     def _forward(self, step: _Step, num_logits: int) -> Tensor:
+        return self._logits(self._hidden(step), num_logits)
+
+    def _logits(self, hidden: Tensor, count: int) -> Tensor:
+        # contiguous: torch would copy the vocabulary's weights for each prompt of a strided batch
+        logits: Tensor = self.model.lm_head(hidden[:, -count:].contiguous())
+        return logits
+
+    def _hidden(self, step: _Step) -> Tensor:
+        """``(B, Q, E)`` after the last norm."""
         arguments: dict[str, Any] = {}
         if step.visible is not None:
             arguments["attention_mask"] = step.visible
         if step.reading is not None:
             arguments["slots"] = step.reading
         with self.lock, step.adapter.active(step.adapted) if step.adapter else nullcontext():
-            out = self.model.model(
+            hidden: Tensor = self.model.model(
                 input_ids=step.ids,
                 position_ids=step.positions,
                 past_key_values=step.cache,
                 use_cache=True,
                 **arguments,
-            )
-        # contiguous: torch would copy the vocabulary's weights for each prompt of a strided batch
-        logits: Tensor = self.model.lm_head(out.last_hidden_state[:, -num_logits:].contiguous())
-        return logits
+            ).last_hidden_state
+        return hidden
 
 
 @dataclass(frozen=True)
@@ -654,6 +658,19 @@ class _Step:
     reading: Reading | None
     adapter: Adapter | None
     adapted: Tensor
+
+    def select(self, rows: Tensor, slots: Slots | None) -> _Step:
+        """Of some rows, once they have been read: their text is in the cache."""
+        self.cache.batch_select_indices(rows)
+        return _Step(
+            self.ids[rows],
+            self.positions[rows],
+            None if self.visible is None else self.visible[rows],
+            self.cache,
+            None if slots is None else Reading.of(slots, None),
+            self.adapter,
+            self.adapted[rows],
+        )
 
     def append(self, ids: Tensor) -> _Step:
         """The next step: tokens ``(B, Q)``, which see everything before them."""
@@ -678,18 +695,29 @@ class Opened:
     """Prompts that have been read and wait for their first token.
 
     Attributes:
-        logits: ``(B, 1, V)`` of the first tokens.
-        residual: ``(L + 1, B, 1, E)`` residual streams of the last tokens, where watched.
+        logits: ``(R, 1, V)`` of the first tokens.
+        mixture: which of the ``R`` prompts answer together.
+        likelihoods: ``(R,)`` of the ends of the texts, where they were wanted.
     """
 
     step: _Step
     logits: Tensor
-    residual: Tensor | None
+    mixture: Mixture
+    likelihoods: Tensor | None = None
+
+    def select(self, rows: Sequence[int], slots: Slots | None, mixture: Mixture) -> Opened:
+        """Some of the prompts, to go on with; the others cannot be gone on with any more.
+
+        Args:
+            slots: composed gists of these prompts.
+        """
+        chosen = torch.tensor(rows, device=self.logits.device)
+        return Opened(self.step.select(chosen, slots), self.logits[chosen], mixture)
 
     @property
     def entropy(self) -> Tensor:
-        """``(B,)`` of the first tokens, in nats."""
-        logs = self.logits[:, 0].float().log_softmax(-1)
+        """``(B,)`` of the answers' first tokens, in nats."""
+        logs = self.mixture(self.logits[:, 0]).float().log_softmax(-1)
         return -(logs.exp() * logs).sum(-1)
 
 
@@ -701,22 +729,18 @@ def forget(cache: DynamicCache, first: int, last: int) -> None:
 
 
 @contextmanager
-def _recorded(layers: Sequence[Any], stream: list[Tensor], last: bool = False) -> Iterator[None]:
-    """Append each layer's input, then the last layer's output, to ``stream``; of the ``last``
-    token alone where no more is wanted.
+def _recorded(layers: Sequence[Any], stream: list[Tensor]) -> Iterator[None]:
+    """Append each layer's input, then the last layer's output, to ``stream``.
 
     ``output_hidden_states`` of transformers gives the last one after the final norm, which no
     layer projection can use.
     """
 
-    def keep(states: Tensor) -> None:
-        stream.append(states[:, -1:].clone() if last else states)
-
     def enter(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        keep(args[0] if args else kwargs["hidden_states"])
+        stream.append(args[0] if args else kwargs["hidden_states"])
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-        keep(output if isinstance(output, Tensor) else output[0])
+        stream.append(output if isinstance(output, Tensor) else output[0])
 
     hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
     hooks.append(layers[-1].register_forward_hook(leave))

@@ -146,6 +146,12 @@ def ask(
         str | None, typer.Option(help="Whose gists, where a store has several namespaces.")
     ] = None,
     reader: ReaderFolder = None,
+    focus: Annotated[
+        int | None, typer.Option(min=1, help="Read only so many passages: those that matter most.")
+    ] = None,
+    apart: Annotated[
+        int | None, typer.Option(min=1, help="The same, but each by itself; they answer together.")
+    ] = None,
     expand: Annotated[
         float | None, typer.Option(help="Doubt (nats) from which on a passage is read as text.")
     ] = None,
@@ -157,7 +163,14 @@ def ask(
         from gist_rag.types import Sampling
 
         with _loading("the model of the store"):
-            rag = GistRAG.open(store, namespace=namespace, reader=reader, expand=expand)
+            rag = GistRAG.open(
+                store,
+                namespace=namespace,
+                reader=reader,
+                focus=focus,
+                apart=apart,
+                expand=expand,
+            )
         with rag:
             found = rag.search(question, k)
             passages = [f.passage for f in found]
@@ -176,7 +189,8 @@ def ask(
             ],
             "stats": {
                 "gists": answer.stats.hits,
-                "texts": len(found) - answer.stats.hits,
+                "texts": len(found) - answer.stats.hits - answer.stats.left_out,
+                "left_out": answer.stats.left_out,
                 "expanded": answer.stats.expanded,
                 "source_tokens": answer.stats.source_tokens,
                 "gist_slots": round(answer.stats.gist_slots, 1),
@@ -333,6 +347,7 @@ def ttft(
     model: Model = DEFAULT_RAG_MODEL,
     ratio: Annotated[float, typer.Option(help="Tokens per kept slot.")] = 8.0,
     repeats: Annotated[int, typer.Option(help="Timed prompts per row and arm.")] = 5,
+    apart: Annotated[int, typer.Option(min=1, help="Passages that answer, read apart.")] = 3,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
@@ -346,7 +361,13 @@ def ttft(
             raise BadInput(f"--passages is {passages!r}; give numbers, as in 1,2,5") from None
         with _loading(model) as say:
             result = bench_ttft(
-                counts, model=model, ratio=ratio, dtype=dtype, repeats=repeats, progress=say
+                counts,
+                model=model,
+                ratio=ratio,
+                dtype=dtype,
+                repeats=repeats,
+                apart=apart,
+                progress=say,
             )
         _show_rows(result, as_json)
 
@@ -670,6 +691,8 @@ def _ask_lines(report: dict[str, Any]) -> Iterator[str]:
     line = f"{stats['gists']} passages read as gists, {stats['texts']} as text"
     if stats["gists"]:
         line += f"; {stats['source_tokens']} source tokens > {stats['gist_slots']:.0f} slots"
+    if stats["left_out"]:
+        line += f"; {stats['left_out']} left out, others matter more"
     if stats["expanded"]:
         line += f"; {stats['expanded']} read again as text, out of doubt"
     yield f"{line}; first token after {stats['first_token_ms']:.0f} ms"

@@ -17,7 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -40,9 +40,10 @@ from gist_rag.errors import (
     StoreLocked,
     StoreWriteError,
 )
-from gist_rag.expand import Expand
+from gist_rag.focus import Expand, Focus, log_likelihoods, make_focus
 from gist_rag.layout import Slots
 from gist_rag.matching import PassageMatcher
+from gist_rag.mixture import Mixture
 from gist_rag.models import DEFAULT_MODEL
 from gist_rag.modes import GistMode, OnMiss
 from gist_rag.priming import Primer
@@ -125,6 +126,7 @@ class GistEngine:
         namespace: tenant; gists of another namespace are never read.
         positions: where passages that stand side by side go, see ``compose.Positions``.
         reader: who answers, where that is not the plain backbone; gists do not depend on it.
+        focus: how many of its passages a prompt reads; default: all.
         expand: when passages are read as text after all; default: never.
         batch_window_ms: how long ``generate`` waits for other threads that ask too, to answer all
             in one batch; 0 for not at all.
@@ -140,11 +142,13 @@ class GistEngine:
         namespace: str = "",
         positions: Positions = DEFAULT_POSITIONS,
         reader: Reader | None = None,
+        focus: Focus | None = None,
         expand: Expand | None = None,
         batch_window_ms: float = 5.0,
     ) -> None:
         self.backbone = backbone
         self.reader = reader
+        self.focus = focus
         self.expand = expand
         self.compressor = compressor
         self.codec = codec
@@ -176,6 +180,8 @@ class GistEngine:
         namespace: str = "",
         positions: Positions = DEFAULT_POSITIONS,
         reader: Path | str | None = None,
+        focus: Focus | int | None = None,
+        apart: int | None = None,
         expand: Expand | float | None = None,
         dtype: str | None = None,
         device: str | None = None,
@@ -190,6 +196,8 @@ class GistEngine:
             ratio: tokens per slot, short for ``settings={"ratio": ...}``.
             settings: the compressor's settings, for example ``{"preset": "best"}``.
             reader: alias or folder of a trained reader; default: the one that belongs to ``model``.
+            focus: see ``GistEngine``; a number is short for ``Focus(passages=...)``.
+            apart: short for ``focus=Focus(passages=..., apart=True)``.
             expand: see ``GistEngine``; a number is short for ``Expand(doubt=...)``.
             dtype, device: see ``models.load_model``.
         """
@@ -203,6 +211,7 @@ class GistEngine:
             namespace=namespace,
             positions=positions,
             reader=answers,
+            focus=make_focus(focus, apart),
             expand=Expand(expand) if isinstance(expand, int | float) else expand,
         )
 
@@ -419,13 +428,13 @@ class GistEngine:
         if not alive:
             return
         segments, sampling = [segments[i] for i in alive], [requests[i].sampling for i in alive]
-        plans, slots, opened = self._open(segments, fetched.states, sampling, clock)
-        expanded: list[list[int]] = [[] for _ in alive]
-        if self.expand is not None and slots is not None:
-            expanded = self.expand.chosen(self.backbone, opened, [len(p.passages) for p in plans])
-            if any(expanded):
-                segments = [_as_text(s, e) for s, e in zip(segments, expanded, strict=True)]
-                plans, slots, opened = self._open(segments, fetched.states, sampling, clock)
+        prompts = self._focus(segments, fetched.states)
+        clock.lap("focus_ms")
+        plans, slots, opened = self._open(prompts, fetched.states, sampling, clock)
+        doubtful = self._doubtful(plans, opened)
+        if doubtful:
+            prompts = self._expand(prompts, doubtful, fetched.states)
+            plans, slots, opened = self._open(prompts, fetched.states, sampling, clock)
         kernels = "reference" if slots is None else kernels_of(slots)
         steps = self.backbone.go_on(opened, sampling)
         going, stopped = dict(enumerate(alive)), None  # rows of the batch and their requests
@@ -444,9 +453,7 @@ class GistEngine:
                     ended |= {row for row, i in going.items() if rows[i].over}
                 for row in sorted(ended):
                     i = going.pop(row)
-                    stats = fetched.stats(
-                        i, plans[row], clock.times_in_all(), kernels, len(expanded[row])
-                    )
+                    stats = fetched.stats(i, plans[row], clock.times_in_all(), kernels)
                     pieces.append((i, Chunk(*rows[i].finish(stats, plans[row].passages))))
                 stopped = set(range(len(alive))) - going.keys()
                 yield pieces
@@ -455,21 +462,111 @@ class GistEngine:
 
     def _open(
         self,
-        prompts: Sequence[Sequence[Segment]],
+        prompts: Sequence[_Chosen],
         states: Mapping[str, GistState],
         sampling: Sequence[Sampling],
         clock: _Clock,
     ) -> tuple[list[_Plan], Slots | None, Opened]:
-        """Compose prompts and read them up to the first token of their answers."""
-        plans = [self._plan(segments, states) for segments in prompts]
+        """Compose prompts and read them up to the first token of their answers.
+
+        Where passages are read apart, all are read up to there, and those that matter go on.
+        """
+        rows = [[self._plan(s, states) for s in prompt.rows()] for prompt in prompts]
+        plans = [plan for one in rows for plan in one]
         texts = [plan.text for plan in plans]
-        self.backbone.check_window(texts, sampling)
+        owner = [i for i, one in enumerate(rows) for _ in one]
+        self.backbone.check_window(texts, [sampling[i] for i in owner])
         prefixes = [self._prefix(plan.prefix) for plan in plans]
         slots = compose([plan.placed for plan in plans], self.backbone)
         clock.lap("compose_ms")
-        watch = self.expand is not None and slots is not None
-        context = Context(prefixes, slots)
-        return plans, slots, self.backbone.open(context, texts, self.reader, watch=watch)
+        ends = [len(self.backbone.tokenize(prompt.segments[-1].text)) for prompt in prompts]
+        opened = self.backbone.open(
+            Context(prefixes, slots),
+            texts,
+            self.reader,
+            counts=[ends[i] for i in owner] if len(plans) > len(prompts) else None,
+        )
+        if opened.likelihoods is not None:
+            slots, opened, rows = self._select(opened, rows)
+        joined = zip(rows, prompts, strict=True)
+        return [_Plan.joined(one, prompt) for one, prompt in joined], slots, opened
+
+    def _select(
+        self, opened: Opened, rows: Sequence[Sequence[_Plan]]
+    ) -> tuple[Slots | None, Opened, list[list[_Plan]]]:
+        """Go on with those of each prompt's rows that matter."""
+        assert self.focus is not None
+        assert opened.likelihoods is not None
+        kept: list[list[_Plan]] = []
+        places, weights, first = [], [], 0
+        for one, found in zip(rows, opened.likelihoods.split([*map(len, rows)]), strict=True):
+            chosen = sorted(self.focus.chosen(found))
+            kept.append([one[place] for place in chosen])
+            places += [first + place for place in chosen]
+            weights.append(found[chosen] / self.focus.temperature)
+            first += len(one)
+        slots = compose([plan.placed for one in kept for plan in one], self.backbone)
+        owner = [i for i, one in enumerate(kept) for _ in one]
+        return slots, opened.select(places, slots, Mixture(owner, torch.cat(weights))), kept
+
+    def _focus(
+        self, prompts: Sequence[list[Segment]], states: Mapping[str, GistState]
+    ) -> list[_Chosen]:
+        """What is to be read of prompts: all, or only what matters, or each passage apart."""
+        chosen, focus = [_Chosen(prompt) for prompt in prompts], self.focus
+        if focus is None:
+            return chosen
+        if focus.apart:
+            return [replace(c, apart=_num_known(c.segments) > 1) for c in chosen]
+        many = [i for i, prompt in enumerate(prompts) if _num_known(prompt) > focus.passages]
+        likelihoods = self._likelihoods([prompts[i] for i in many], states)
+        for i, found in zip(many, likelihoods, strict=True):
+            chosen[i] = _Chosen(_with_only(prompts[i], focus.chosen(found)))
+        return chosen
+
+    def _doubtful(self, plans: Sequence[_Plan], opened: Opened) -> list[int]:
+        """Prompts whose gists leave a doubt."""
+        if self.expand is None:
+            return []
+        doubts = enumerate(self.expand.doubtful(opened))
+        return [i for i, doubt in doubts if doubt and plans[i].placed]
+
+    def _expand(
+        self, prompts: Sequence[_Chosen], doubtful: Sequence[int], states: Mapping[str, GistState]
+    ) -> list[_Chosen]:
+        """Prompts with what matters as text where there is doubt. It is read with the others, or,
+        where these would be apart, without them."""
+        assert self.expand is not None
+        chosen = list(prompts)
+        likelihoods = self._likelihoods([prompts[i].segments for i in doubtful], states)
+        for i, found in zip(doubtful, likelihoods, strict=True):
+            places, segments = self.expand.chosen(found), prompts[i].segments
+            if prompts[i].apart:
+                segments, places = _with_only(segments, places), list(range(len(places)))
+            chosen[i] = _Chosen(_as_text(segments, places), expanded=len(places))
+        return chosen
+
+    def _likelihoods(
+        self, prompts: Sequence[Sequence[Segment]], states: Mapping[str, GistState]
+    ) -> Sequence[Tensor]:
+        """Per prompt and passage ``(P,)``, how likely it alone makes what follows all passages."""
+        sizes = [_num_known(prompt) for prompt in prompts]
+        if not sum(sizes):
+            return []
+        alone = [
+            self._plan(_with_only(prompt, [place]), states)
+            for prompt, size in zip(prompts, sizes, strict=True)
+            for place in range(size)
+        ]
+        counts = torch.tensor([len(self.backbone.tokenize(prompt[-1].text)) for prompt in prompts])
+        found = log_likelihoods(
+            self.backbone,
+            [self._prefix(plan.prefix) for plan in alone],
+            [plan.placed for plan in alone],
+            [plan.text for plan in alone],
+            counts.repeat_interleave(torch.tensor(sizes)).tolist(),
+        )
+        return list(found.split(sizes))
 
     def segments(
         self, prompt: Prompt, gist_mode: GistMode = "auto", tools: Sequence[Any] | None = None
@@ -587,11 +684,9 @@ class GistEngine:
             merge(s if isinstance(s, Text) or s.content in states else Text(s.text) for s in prompt)
             for prompt in prompts
         ]
-        missed = [
-            sum(isinstance(s, Known) for s in before) - sum(isinstance(s, Known) for s in after)
-            for before, after in zip(given, texts, strict=True)
-        ]
-        return texts, _Fetched(states, sizes, missed)
+        found = [_num_known(after) for after in texts]
+        missed = [_num_known(before) - n for before, n in zip(given, found, strict=True)]
+        return texts, _Fetched(states, sizes, found, missed)
 
     def _heal(self, contents: set[str]) -> dict[str, PackedState]:
         """Compress again what the store holds but cannot read; on failure it stays a miss."""
@@ -615,11 +710,11 @@ class GistEngine:
     def _plan(self, segments: Sequence[Segment], states: Mapping[str, GistState]) -> _Plan:
         """Positions of everything in one prompt.
 
-        Leading text is the prefix. Passages with nothing but whitespace between them stand side by
-        side; that whitespace is left out. Other text is read in one pass at the end, each piece
+        The first text is the prefix. Passages with nothing but whitespace between them stand side
+        by side; that whitespace is left out. Other text is read in one pass at the end, each piece
         seeing the passages before it.
         """
-        first = next((i for i, s in enumerate(segments) if isinstance(s, Known)), 0)
+        first = int(isinstance(segments[0], Text) and _num_known(segments) > 0)
         prefix = self.backbone.tokenize("".join(s.text for s in segments[:first]))
         following = _without_gaps(segments[first:])
         pieces = [
@@ -696,6 +791,26 @@ class GistEngine:
 
 
 @dataclass(frozen=True)
+class _Chosen:
+    """What is to be read of a prompt.
+
+    Attributes:
+        apart: whether each of its passages is read by itself.
+        expanded: how many of its passages are text by now.
+    """
+
+    segments: list[Segment]
+    apart: bool = False
+    expanded: int = 0
+
+    def rows(self) -> list[list[Segment]]:
+        """Prompts for the model."""
+        if not self.apart:
+            return [self.segments]
+        return [_with_only(self.segments, [place]) for place in range(_num_known(self.segments))]
+
+
+@dataclass(frozen=True)
 class _Plan:
     """One prompt, ready to be composed and read."""
 
@@ -703,14 +818,28 @@ class _Plan:
     placed: list[Placed]
     passages: list[Passage]
     text: Local
+    expanded: int = 0
+
+    @classmethod
+    def joined(cls, plans: Sequence[_Plan], prompt: _Chosen) -> _Plan:
+        """Of a prompt whose passages have been read apart, or together."""
+        return cls(
+            plans[0].prefix,
+            [p for plan in plans for p in plan.placed],
+            [p for plan in plans for p in plan.passages],
+            Local.join([plan.text for plan in plans]),
+            prompt.expanded,
+        )
 
 
 @dataclass(frozen=True)
 class _Fetched:
-    """Gists of a batch by content, their sizes in bytes, and misses per prompt."""
+    """Gists of a batch by content, their sizes in bytes, and per prompt how many were found or
+    missed."""
 
     states: Mapping[str, GistState]
     sizes: Mapping[str, int]
+    found: Sequence[int]
     missed: Sequence[int]
 
     def stats(
@@ -719,13 +848,13 @@ class _Fetched:
         plan: _Plan,
         times: Mapping[str, float],
         kernels: str = "reference",
-        expanded: int = 0,
     ) -> Stats:
         contents = [p.content for p in plan.passages]
         return Stats(
             hits=len(contents),
             misses=self.missed[prompt],
-            expanded=expanded,
+            expanded=plan.expanded,
+            left_out=self.found[prompt] - len(contents) - plan.expanded,
             gist_slots=sum(p.state.mean_slots for p in plan.placed),
             source_tokens=sum(p.state.num_tokens for p in plan.placed),
             text_tokens=len(plan.text.ids),
@@ -813,6 +942,24 @@ def _texts(prompt: str | Sequence[Message]) -> tuple[list[str], list[str]]:
     for message in prompt:
         (read if message["role"] in SEARCHED else said).append(message["content"])
     return read, said
+
+
+def _num_known(segments: Sequence[Segment]) -> int:
+    return sum(isinstance(s, Known) for s in segments)
+
+
+def _with_only(segments: Sequence[Segment], places: Collection[int]) -> list[Segment]:
+    """With some of the known passages, counted from 0. With each other one goes the whitespace
+    before it, or else behind it. Texts stay apart, so that a prompt's first one does not change."""
+    known = [i for i, s in enumerate(segments) if isinstance(s, Known)]
+    gone = {i for place, i in enumerate(known) if place not in places}
+    for i in sorted(gone):
+        for gap in (i - 1, i + 1):
+            inside = 0 < gap < len(segments) - 1 and gap not in gone
+            if inside and not segments[gap].text.strip():
+                gone.add(gap)
+                break
+    return [s for i, s in enumerate(segments) if i not in gone]
 
 
 def _as_text(segments: Sequence[Segment], places: Collection[int]) -> list[Segment]:

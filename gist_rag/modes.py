@@ -22,6 +22,8 @@ NAMES_ENGINE = (
     "codec",
     "namespace",
     "reader",
+    "focus",
+    "apart",
     "expand",
     "dtype",
     "device",

@@ -66,6 +66,8 @@ class GistRAG:
         compressor: str | Path | None = None,
         embedder: Embedder | None = None,
         reader: str | Path | None = None,
+        focus: int | None = None,
+        apart: int | None = None,
         expand: float | None = None,
         dtype: str | None = None,
         device: str | None = None,
@@ -78,7 +80,7 @@ class GistRAG:
             model: where the model is to be found now, if not under its old name.
             compressor: where the folder of a trained compressor is to be found now.
             embedder: default the one the index was made with.
-            reader, expand: see ``GistEngine.from_pretrained``.
+            reader, focus, apart, expand: see ``GistEngine.from_pretrained``.
             dtype, device: see ``models.load_model``.
 
         Raises:
@@ -93,7 +95,14 @@ class GistRAG:
             index = VectorIndex.load(index_folder(opened, space))
             embedder = embedder or named_embedder(index.embedder)
             check_index(index, opened, space)
-            options = {"reader": reader, "expand": expand, "dtype": dtype, "device": device}
+            options = {
+                "reader": reader,
+                "focus": focus,
+                "apart": apart,
+                "expand": expand,
+                "dtype": dtype,
+                "device": device,
+            }
             engine = _reopen(opened, description, model, compressor, **options)
             if engine.space != space:
                 raise SpaceMismatch(

@@ -242,15 +242,17 @@ class Stats:
     """What one answer cost. Times in milliseconds, sizes in bytes.
 
     ``hits`` counts passages read as gists, ``misses`` known passages without a gist, ``expanded``
-    those that were read as text after the model had read their gists in doubt. ``ratio`` is
-    source tokens per slot over the passages that were read as gists. ``first_token_ms`` counts
-    from the call to the first new token: matching, fetching, composing and reading included.
+    those that were read as text after the model had read their gists in doubt, ``left_out`` those
+    with a gist that were not read since others mattered more. ``ratio`` is source tokens per slot
+    over the passages that were read as gists. ``first_token_ms`` counts from the call to the first
+    new token: matching, fetching, choosing passages, composing and reading included.
     ``kernels`` says what composed and read the gists, ``"triton"`` or ``"reference"``.
     """
 
     hits: int = 0
     misses: int = 0
     expanded: int = 0
+    left_out: int = 0
     gist_slots: float = 0.0
     source_tokens: int = 0
     text_tokens: int = 0
@@ -258,6 +260,7 @@ class Stats:
     num_bytes: int = 0
     match_ms: float = 0.0
     fetch_ms: float = 0.0
+    focus_ms: float = 0.0
     compose_ms: float = 0.0
     read_ms: float = 0.0
     first_token_ms: float = 0.0
@@ -294,6 +297,7 @@ class Answer:
             "hits": self.stats.hits,
             "misses": self.stats.misses,
             "expanded": self.stats.expanded,
+            "left_out": self.stats.left_out,
             "passages": [passage.id or passage.content for passage in self.passages],
             "gist_tokens": round(self.stats.gist_slots),
             "source_tokens": self.stats.source_tokens,

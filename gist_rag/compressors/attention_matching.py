@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -18,7 +18,7 @@ from gist_rag.compressors.base import Compressor, CompressorConfig, best_slots
 from gist_rag.losses import distill
 from gist_rag.prompt import framing
 from gist_rag.types import GistState
-from gist_rag_kernels import rotate
+from gist_rag_kernels import fit_slots, kept_groups, rotate, score_keys
 
 REPEAT = "\n\nRepeat the text above."
 REFINE_STEPS = {"fast": 0, "balanced": 0, "thorough": 30, "best": 10}
@@ -28,9 +28,6 @@ STREAM_WEIGHT = 5.0
 REFINE_QUERIES = 256
 """Refinement looks at so many queries of each head, evenly spread; the others say little more."""
 MIN_MASS, MAX_MASS = 1e-4, 1e3
-RIDGE = 1e-4
-CHUNK = 1 << 22
-"""Elements of the attention matrices that are held at a time."""
 
 
 class AttentionMatchingConfig(CompressorConfig):
@@ -157,7 +154,7 @@ class AttentionMatching(Compressor):
         prefix_keys, prefix_values = (
             x.flatten(0, 1).float() for x in (self._prefix.keys, self._prefix.values)
         )
-        scores, share = score(queries, prefix_keys, keys, scaling, self.config.score)
+        scores, share = score_keys(queries, prefix_keys, keys, scaling, self.config.score)
         pools = {"global": 1, "layer": self.backbone.num_layers, "head": len(scores)}
         keep = best_slots(scores, self.config.ratio, pools[self.config.budget])
         plain = full.keys.float().view_as(keys)  # before RoPE
@@ -165,7 +162,9 @@ class AttentionMatching(Compressor):
         kept = Kept(plain[keep], values[keep], full.bias.new_zeros(int(keep.sum())))
         offsets = keep.nonzero()[:, 1]
         if self.config.preset != "fast":
-            mass, fitted = match(queries, keys, values, keep, share, scaling)
+            mass, fitted = fit_slots(
+                queries, keys, values, keep, share, scaling, masses=(MIN_MASS, MAX_MASS)
+            )
             kept = Kept(kept.keys, fitted, mass.log())
         if self.config.refine == "heads" and self.config.steps:
             target = Target.of(
@@ -247,78 +246,6 @@ class _Repeat:
         return keys[:, :, : self.num_tokens[row]].flatten(0, 1).float()
 
 
-def score(
-    queries: Tensor, prefix: Tensor, keys: Tensor, scaling: float, how: str
-) -> tuple[Tensor, Tensor]:
-    """Attention that each key of a passage gets, beside the prefix that always stands before it.
-
-    Args:
-        queries: ``(R, Q, D)`` after RoPE, one row per layer and KV head.
-        prefix: ``(R, P, D)`` keys after RoPE.
-        keys: ``(R, T, D)`` keys after RoPE.
-
-    Returns:
-        Scores ``(R, T)``, RMS or maximum over the queries, and ``(R, Q)`` the share of each query's
-        attention that the passage as a whole gets.
-    """
-    scores, shares = [], []
-    for rows in _chunks(len(queries), queries.shape[1] * (prefix.shape[1] + keys.shape[1])):
-        every = torch.cat((prefix[rows], keys[rows]), dim=1).transpose(1, 2)
-        attention = (queries[rows] @ every * scaling).softmax(-1)[..., prefix.shape[1] :]
-        scores.append(attention.amax(1) if how == "max" else attention.square().mean(1).sqrt())
-        shares.append(attention.sum(-1))
-    return torch.cat(scores), torch.cat(shares)
-
-
-def match(
-    queries: Tensor, keys: Tensor, values: Tensor, keep: Tensor, share: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Masses and values with which the kept slots stand for all slots.
-
-    Args:
-        queries: ``(R, Q, D)`` after RoPE, one row per layer and KV head.
-        keys: ``(R, T, D)`` after RoPE.
-        values: ``(R, T, D)``.
-        keep: ``(R, T)`` bool; rows may keep different numbers, also none.
-        share: ``(R, Q)`` weight of each query in the fits: how much it looks at the passage at all.
-
-    Returns:
-        Masses ``(m,)`` and values ``(m, D)`` of the kept slots, in (row, token) order.
-    """
-    mass, fitted = torch.ones_like(keep, dtype=torch.float32), values.clone()
-    for rows, index, real in _groups(keep, lambda _: queries.shape[1] * keys.shape[1]):
-        weight = share[rows] / share[rows].square().mean(1, keepdim=True).sqrt().clamp_min(1e-9)
-        attention = (queries[rows] @ keys[rows].transpose(1, 2) * scaling).softmax(-1)
-        w, v = _fit(attention, values[rows], index, real, weight[..., None])
-        mass[rows[:, None], index] = torch.where(real, w, 1.0)
-        fitted[rows[:, None], index] = v
-    return mass[keep], fitted[keep]
-
-
-def _fit(
-    attention: Tensor, values: Tensor, index: Tensor, real: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Masses ``(R, n)`` and values ``(R, n, D)`` of the slots ``index``, padded where not real.
-
-    ``attention`` is ``(R, Q, T)``, ``weight`` ``(R, Q, 1)``.
-    """
-    kept = attention.gather(2, index[:, None].expand(-1, attention.shape[1], -1)) * real[:, None]
-    part = kept * weight
-    target = (part * weight).sum(1)
-    mass = nonnegative_least_squares(part.transpose(1, 2) @ part, target)
-    mass = mass.clamp(MIN_MASS, MAX_MASS)
-
-    read = kept * mass[:, None]
-    read = read / read.sum(-1, keepdim=True).clamp_min(1e-9)
-    old = values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
-    residual = (attention @ values - read @ old) * weight
-    read = read * weight
-    ridge = RIDGE * attention.shape[1] / real.sum(1, keepdim=True)
-    gram = read.transpose(1, 2) @ read + torch.where(real, ridge, 1.0).diag_embed()
-    delta = torch.cholesky_solve(read.transpose(1, 2) @ residual, torch.linalg.cholesky(gram))
-    return mass, old + delta
-
-
 @dataclass(frozen=True)
 class Kept:
     """The kept slots of all heads in (row, token) order: keys before RoPE and values ``(m, D)``,
@@ -373,7 +300,7 @@ def refine(
     """
     place = torch.cumsum(keep.flatten(), 0).view_as(keep) - 1  # (R, T): where in ``kept``
     out = Kept(kept.keys.clone(), kept.values.clone(), kept.bias.clone())
-    for rows, index, real in _groups(keep, lambda size: target.queries.shape[1] * size):
+    for rows, index, real in kept_groups(keep, lambda size: target.queries.shape[1] * size):
         at = place[rows].gather(1, index).clamp_min(0)  # (r, n)
         queries, output = target.queries[rows], target.output[rows]
         cos, sin = (x[at] for x in rotary)
@@ -395,60 +322,6 @@ def refine(
         for whole, part in zip((out.keys, out.values, out.bias), free, strict=True):
             whole[at[real]] = part.detach()[real]
     return Kept(out.keys, out.values, out.bias.clamp(math.log(MIN_MASS), math.log(MAX_MASS)))
-
-
-def _groups(
-    keep: Tensor, elements: Callable[[int], int]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Rows that keep something, those of similar size together.
-
-    Args:
-        keep: ``(R, T)`` bool.
-        elements: of the largest tensor per row, by the number of slots that the row keeps.
-
-    Returns:
-        Rows ``(r,)``, their kept tokens ``(r, n)`` in order and then padding, and which are real.
-    """
-    counts = keep.sum(1)
-    order = counts.argsort(descending=True)[: int((counts > 0).sum())]
-    sizes, first = counts[order].tolist(), 0
-    while first < len(order):
-        size = sizes[first]
-        rows = order[first : first + max(1, CHUNK // max(1, elements(size)))]
-        index = keep[rows].to(torch.int8).sort(dim=1, descending=True, stable=True).indices
-        index = index[:, :size]
-        yield rows, index, keep[rows].gather(1, index)
-        first += len(rows)
-
-
-def _chunks(rows: int, elements_per_row: int) -> Iterator[slice]:
-    """Slices of rows whose attention matrices together stay near ``CHUNK`` elements."""
-    step = max(1, CHUNK // max(1, elements_per_row))
-    return (slice(first, first + step) for first in range(0, rows, step))
-
-
-def nonnegative_least_squares(gram: Tensor, target: Tensor, steps: int = 100) -> Tensor:
-    """``min over w >= 0 of |A w - y|^2`` for a batch of small problems, by FISTA with restarts.
-
-    Args:
-        gram: ``(R, n, n)``, ``A^T A``; a zero row and column keeps its ``w`` at the start value.
-        target: ``(R, n)``, ``A^T y``.
-        steps: iterations.
-
-    Returns:
-        ``(R, n)``.
-    """
-    step = 1 / torch.linalg.matrix_norm(gram, ord=float("inf")).clamp_min(1e-12)[:, None]
-    w = torch.ones_like(target)
-    ahead, momentum = w, torch.ones(len(w), 1, device=w.device)
-    for _ in range(steps):
-        gradient = (gram @ ahead[..., None])[..., 0] - target
-        new = (ahead - step * gradient).clamp_min(0)
-        uphill = ((ahead - new) * (new - w)).sum(1, keepdim=True) > 0
-        next_momentum = torch.where(uphill, 1.0, (1 + (1 + 4 * momentum**2).sqrt()) / 2)
-        ahead = new + torch.where(uphill, 0.0, (momentum - 1) / next_momentum) * (new - w)
-        w, momentum = new, next_momentum
-    return w
 
 
 def _with(

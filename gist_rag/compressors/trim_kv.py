@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from gist_rag.backbone import Backbone
-from gist_rag.compressors.base import Compressor, CompressorConfig, Lesson, best_slots
+from gist_rag.compressors.base import (
+    MAX_LM_TOKENS,
+    Compressor,
+    CompressorConfig,
+    Lesson,
+    best_slots,
+)
 from gist_rag.errors import BadInput, ContextOverflow
 from gist_rag.layout import Layout
-from gist_rag.losses import capacity
+from gist_rag.losses import capacity, distill
 from gist_rag.types import GistState
 
 
@@ -28,6 +34,7 @@ class TrimKVConfig(CompressorConfig):
             compete (``global``).
         width: hidden units of a gate.
         start: a gate's output before its sigmoid, untrained; the higher, the longer all is kept.
+        fade: gates also learn while a passage is read, for ``decode``: one more pass per step.
     """
 
     ratio: float = Field(default=4.0, ge=1.0)
@@ -35,6 +42,7 @@ class TrimKVConfig(CompressorConfig):
     budget: Literal["head", "global"] = "head"
     width: int = Field(default=128, ge=1)
     start: float = 8.0
+    fade: bool = False
 
 
 class TrimKV(Compressor):
@@ -49,13 +57,15 @@ class TrimKV(Compressor):
         inference   the M best by (t - i) log beta_i, read as they are
 
     with t = T + ``horizon`` and M = T / ratio (TRIM-KV, arXiv:2512.03324). Loss: ``kl + ce + cap``,
-    where ``cap`` is how far ``sum_i beta_i^(t - i)`` lies above M. Only gates learn.
+    where ``cap`` is how far ``sum_i beta_i^(t - i)`` lies above M. Only gates learn. With ``fade``,
+    ``KL(plain || faded)`` of a passage's own next tokens is added, t being each token in turn.
 
     What differs from the paper: it trims one growing context, so its t runs over all queries; here
     a passage is trimmed once, for a question at the horizon, and the capacity loss looks at that t
-    only. The released eager code multiplies logits by beta^(t - i); the sum of the paper is used,
-    which equals soft eviction. Gates are ``width`` wide (512 there). ``budget="global"`` lets heads
-    differ (the paper's code has it for inference). ``decode`` trims while it generates, as there.
+    only; ``fade`` adds the paper's. The released eager code multiplies logits by beta^(t - i); the
+    sum of the paper is used, which equals soft eviction. Gates are ``width`` wide (512 there).
+    ``budget="global"`` lets heads differ (the paper's code has it for inference). ``decode`` trims
+    while it generates, as there.
 
     When to choose it: names, numbers and exact strings, which gists garble and kept tokens do not;
     2x to 4x. It costs one prefill and two small matrices, and the reader stays as it is.
@@ -66,7 +76,7 @@ class TrimKV(Compressor):
     Config: ClassVar[type[CompressorConfig]] = TrimKVConfig
     config: TrimKVConfig
     trained: ClassVar[bool] = True
-    loss_weights: ClassVar[Mapping[str, float]] = {"kl": 1.0, "ce": 1.0, "cap": 1.0}
+    loss_weights: ClassVar[Mapping[str, float]] = {"kl": 1.0, "ce": 1.0, "cap": 1.0, "fade": 1.0}
 
     def __init__(self, backbone: Backbone, config: CompressorConfig | None = None) -> None:
         super().__init__(backbone, config)
@@ -90,7 +100,30 @@ class TrimKV(Compressor):
             filled = filled.index_add(0, state.row_of_slot(), state.bias.exp())
             budget = state.num_tokens / self.config.ratio
             over.append(capacity(filled, budget, state.num_tokens))
-        return {**super().losses(lesson), "cap": torch.stack(over).mean()}
+        return {
+            **super().losses(lesson),
+            "cap": torch.stack(over).mean(),
+            "fade": self._fade(lesson) if self.config.fade else torch.zeros_like(over[0]),
+        }
+
+    def _fade(self, lesson: Lesson) -> Tensor:
+        """KL of the passages' next tokens, read with decay, from the plain model's; of more than
+        ``MAX_LM_TOKENS`` tokens a sample."""
+        plain = lesson.hidden.detach()
+        gates = self.gates(self.backbone.normed(plain[:-1]).flatten(1, 2))  # (L, H, B * S)
+        log_beta = gates.unflatten(2, plain.shape[1:3]).transpose(1, 2)  # (L, B, H, S)
+        ids = nn.utils.rnn.pad_sequence(list(lesson.passages), batch_first=True)
+        faded = self.backbone.encode(ids, log_beta=log_beta)
+        ends = torch.tensor([len(p) - 1 for p in lesson.passages])
+        rows, slots = (torch.arange(ids.shape[1]) < ends[:, None]).nonzero(as_tuple=True)
+        if not len(rows):
+            return faded.new_zeros(())
+        chosen = torch.randperm(len(rows))[:MAX_LM_TOKENS]
+        teacher, student = (
+            self.backbone.logits(stream[-1][rows[chosen], slots[chosen]])
+            for stream in (plain, faded)
+        )
+        return distill(teacher, student).mean()
 
     @torch.no_grad()
     def decode(

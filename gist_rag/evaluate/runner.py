@@ -1,9 +1,10 @@
 """``evaluate``: the same questions through every arm, scored in three ways that must agree.
 
 Arms are ``closed`` (no passages), ``full`` (text), ``truncated`` (text cut to the same number of
-slots), ``reuse`` (uncompressed gists) and compressors, each ``name`` or ``name@ratio``. With ``+n``
-behind it, the ``n`` passages that are looked at most are read as text (``gist_rag.expand``); each
-prediction says in what ``doubt`` it was made, so that a threshold can be found afterwards.
+slots), ``reuse`` (uncompressed gists) and compressors, each ``name`` or ``name@ratio``. Behind it
+may stand what is done with the ``n`` passages that matter most (``gist_rag.focus``): ``:n`` reads
+them alone of all, ``~n`` reads each of them apart, and ``+n`` reads them as text among the others.
+Each prediction says in what ``doubt`` it was made, so that a threshold can be found afterwards.
 
 Scores are the gold answer's NLL per token, the share of questions whose gold answer is likelier per
 token than nine others (``choice``), and what a greedy answer contains; a probe adds its own.
@@ -12,6 +13,7 @@ token than nine others (``choice``), and what a greedy answer contains; a probe 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
+from gist_rag.backbone import Backbone, Context, Local, Prefix
 from gist_rag.compose import DEFAULT_POSITIONS, Placed, Positions, arrange, compose
 from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.errors import BadInput
@@ -30,7 +32,8 @@ from gist_rag.evaluate import metrics
 from gist_rag.evaluate.environment import environment
 from gist_rag.evaluate.probes import make_probe
 from gist_rag.evaluate.tasks import Example, Task, load_task
-from gist_rag.expand import Expand
+from gist_rag.focus import Expand, Focus, log_likelihoods
+from gist_rag.mixture import Mixture
 from gist_rag.models import DEFAULT_RAG_MODEL
 from gist_rag.prompt import rag_messages, rag_pieces
 from gist_rag.reader import Reader, load_backbone
@@ -79,6 +82,7 @@ class _Reading:
     text: Local
     kv_slots: float
     source_tokens: int
+    log_weight: float = 0.0
 
 
 def evaluate(
@@ -177,31 +181,44 @@ def _figures(arm: _FieldScores, closed: _FieldScores, full: _FieldScores) -> dic
     }
 
 
+_CHOICES = {":": "focus", "~": "apart", "+": "expand"}
+
+
 @dataclass(frozen=True)
 class Arm:
-    """``name@ratio+expand``."""
+    """``name@ratio``, perhaps with ``:focus`` or ``~apart`` or ``+expand`` passages; 0 for none."""
 
     name: str
     ratio: float
-    expand: int
+    focus: int = 0
+    apart: int = 0
+    expand: int = 0
 
     @classmethod
     def parse(cls, text: str, ratio: float) -> Self:
         """From its text, with the ratio of those that name none.
 
         Raises:
-            BadInput: no ratio, or no number of passages, where there should be one; or ``+`` after
-                an arm that reads no gists.
+            BadInput: no ratio, or no number of passages, where there should be one; or passages to
+                be chosen from those of an arm that reads no gists.
         """
-        front, _, expand = text.partition("+")
+        front, how, many = re.fullmatch(r"(.*?)(?:([:~+])([^:~+]*))?", text, re.S).groups()  # type: ignore[union-attr]
         name, _, given = front.partition("@")
         try:
-            arm = cls(name, float(given or ratio), int(expand or 0))
+            count = {_CHOICES[how]: int(many)} if how else {}
+            arm = cls(name, float(given or ratio), **count)
         except ValueError as error:
-            raise BadInput(f"arm {text!r} is not name, name@ratio or name@ratio+n") from error
-        if arm.expand and name in TEXT_ARMS:
-            raise BadInput(f"arm {text!r}: {name} is text already, so there is nothing to expand")
+            raise BadInput(
+                f"arm {text!r} is not name, name@ratio, or one of these with :n, ~n or +n behind it"
+            ) from error
+        if how and name in TEXT_ARMS:
+            raise BadInput(f"arm {text!r}: {name} reads no gists to choose from")
         return arm
+
+    @property
+    def gists(self) -> tuple[str, float]:
+        """Which gists it reads, some or all of them."""
+        return self.name, self.ratio
 
 
 class _Arms:
@@ -212,8 +229,8 @@ class _Arms:
         self.config = config
         self.reader = reader
         self.arms = {text: Arm.parse(text, config.ratio) for text in config.all_arms}
-        gists = [replace(a, expand=0) for a in self.arms.values() if a.name not in TEXT_ARMS]
-        self.compressors = {arm: self._compressor(arm) for arm in gists}
+        gists = {a.gists: a for a in self.arms.values() if a.name not in TEXT_ARMS}
+        self.compressors = {key: self._compressor(arm) for key, arm in gists.items()}
         self._prefixes: dict[str, Prefix] = {}
 
     def _compressor(self, arm: Arm) -> Compressor:
@@ -223,36 +240,41 @@ class _Arms:
         settings = own if Path(arm.name).is_dir() else {"ratio": arm.ratio, **own}
         return make_compressor(arm.name, self.backbone, settings)
 
-    def readings(self, example: Example) -> dict[str, _Reading]:
-        """Per arm, what one question reads."""
+    def readings(self, example: Example) -> dict[str, list[_Reading]]:
+        """Per arm, what one question reads: one prompt, or several that answer together."""
         ids = [self.backbone.tokenize(text) for text in example.passages]
         source = sum(len(i) for i in ids)
         states = self._states(ids)
+        likelihoods = {
+            arm.gists: self._likelihoods(example, states[arm.gists])
+            for arm in self.arms.values()
+            if arm.focus or arm.apart or arm.expand
+        }
         out = {}
         for text, arm in self.arms.items():
             if arm.name not in TEXT_ARMS:
-                found = states[replace(arm, expand=0)]
-                out[text] = self._gists(example, found, source, expand=arm.expand)
+                found = likelihoods.get(arm.gists)
+                out[text] = self._gists(example, states[arm.gists], source, arm, found)
             elif arm.name == "truncated":
                 cut = [max(1, round(len(i) / arm.ratio)) for i in ids]
                 texts = [self._text(i[:n]) for i, n in zip(ids, cut, strict=True)]
-                out[text] = self._plain(example.question, texts, sum(cut), source)
+                out[text] = [self._plain(example.question, texts, sum(cut), source)]
             elif arm.name == "full":
-                out[text] = self._plain(example.question, example.passages, source, source)
+                out[text] = [self._plain(example.question, example.passages, source, source)]
             else:
-                out[text] = self._plain(example.question, (), 0, source)
+                out[text] = [self._plain(example.question, (), 0, source)]
         return out
 
-    def _states(self, ids: Sequence[Tensor]) -> dict[Arm, list[GistState]]:
+    def _states(self, ids: Sequence[Tensor]) -> dict[tuple[str, float], list[GistState]]:
         shared: Tensor | None = None
         out = {}
-        for arm, compressor in self.compressors.items():
+        for key, compressor in self.compressors.items():
             if not compressor.reads_tokens_only:
-                out[arm] = compressor.compress(ids)
+                out[key] = compressor.compress(ids)
                 continue
             if shared is None:
                 shared = compressor.encode(ids)
-            out[arm] = compressor.distil(shared, ids)
+            out[key] = compressor.distil(shared, ids)
         return out
 
     def _text(self, ids: Tensor) -> str:
@@ -267,15 +289,47 @@ class _Arms:
         return _Reading(prefix, (), Local.after(ids[cut:], len(prefix), 0), slots, source)
 
     def _gists(
-        self, example: Example, states: Sequence[GistState], source: int, expand: int = 0
+        self,
+        example: Example,
+        states: Sequence[GistState],
+        source: int,
+        arm: Arm,
+        likelihoods: Tensor | None,
+    ) -> list[_Reading]:
+        """All passages as gists, or what the arm chooses of them."""
+        if likelihoods is None or not (arm.focus or arm.apart or arm.expand):
+            return [self._mixed(example, dict(enumerate(states)), source)]
+        if arm.expand:
+            as_text = Expand(0.0, arm.expand).chosen(likelihoods)
+            kept = {place: s for place, s in enumerate(states) if place not in as_text}
+            return [self._mixed(example, kept, source)]
+        focus = Focus(arm.focus or arm.apart, apart=bool(arm.apart))
+        places = sorted(focus.chosen(likelihoods))
+        if not focus.apart:
+            return [self._only(example, states, places, source)]
+        weights = (likelihoods[places] / focus.temperature).log_softmax(0).tolist()
+        return [
+            replace(self._only(example, states, [place], source), log_weight=weight)
+            for place, weight in zip(places, weights, strict=True)
+        ]
+
+    def _only(
+        self, example: Example, states: Sequence[GistState], places: Sequence[int], source: int
     ) -> _Reading:
-        reading = self._mixed(example, dict(enumerate(states)), source)
-        if not expand:
-            return reading
-        opened = _open(self.backbone, [reading], self.reader, watch=True)
-        [as_text] = Expand(0.0, expand).chosen(self.backbone, opened, [len(states)])
-        kept = {place: s for place, s in enumerate(states) if place not in as_text}
-        return self._mixed(example, kept, source)
+        """Some passages as gists, without the others."""
+        example = replace(example, passages=tuple(example.passages[i] for i in places))
+        return self._mixed(example, dict(enumerate(states[i] for i in places)), source)
+
+    def _likelihoods(self, example: Example, states: Sequence[GistState]) -> Tensor:
+        """How likely each passage, alone, makes the question."""
+        alone = [self._only(example, states, [place], 0) for place in range(len(states))]
+        return log_likelihoods(
+            self.backbone,
+            [r.prefix for r in alone],
+            [r.placed for r in alone],
+            [r.text for r in alone],
+            [len(r.text.ids) for r in alone],
+        )
 
     def _mixed(self, example: Example, states: Mapping[int, GistState], source: int) -> _Reading:
         """Some passages as gists, the others as text."""
@@ -293,24 +347,20 @@ class _Arms:
         return _Reading(prefix, placed, text, slots, source)
 
 
-def _open(
-    backbone: Backbone, readings: Sequence[_Reading], reader: Reader | None, *, watch: bool = False
-) -> Opened:
-    slots = compose([r.placed for r in readings], backbone)
-    context = Context([r.prefix for r in readings], slots)
-    return backbone.open(context, [r.text for r in readings], reader, watch=watch)
-
-
 def _predict(
     backbone: Backbone,
     arm: str,
     task: Task,
     examples: Sequence[Example],
-    readings: Sequence[_Reading],
+    readings: Sequence[Sequence[_Reading]],
     reader: Reader | None,
 ) -> list[dict[str, Any]]:
     """Scores and greedy answers of a group of questions in one arm."""
-    opened = _open(backbone, readings, reader)
+    rows = [row for reading in readings for row in reading]
+    owner = [i for i, reading in enumerate(readings) for _ in reading]
+    weights = torch.tensor([row.log_weight for row in rows], device=backbone.device)
+    context = Context([r.prefix for r in rows], compose([r.placed for r in rows], backbone))
+    opened = backbone.open(context, [r.text for r in rows], reader, Mixture(owner, weights))
     doubts = opened.entropy.tolist()
     answers = backbone.write(opened, task.new_tokens)
     out = []
@@ -328,8 +378,8 @@ def _predict(
                 "em": metrics.exact_match(answer, example.answers),
                 "contains": metrics.contains(answer, example.answers),
                 "f1": metrics.f1(answer, example.answers),
-                "kv_slots": reading.kv_slots,
-                "source_tokens": reading.source_tokens,
+                "kv_slots": sum(row.kv_slots for row in reading),
+                "source_tokens": reading[0].source_tokens,
                 **({"scores": dict(scores)} if (scores := task.score(example, answer)) else {}),
             }
         )
@@ -337,14 +387,28 @@ def _predict(
 
 
 def answer_losses(
-    backbone: Backbone, reading: _Reading, answers: Sequence[str], reader: Reader | None = None
+    backbone: Backbone,
+    readings: Sequence[_Reading],
+    answers: Sequence[str],
+    reader: Reader | None = None,
 ) -> list[float]:
-    """NLL per token of several answers, read in one pass as branches behind the same question.
+    """NLL per token of several answers, under the readings' mixture (``gist_rag.mixture``)."""
+    ends = torch.tensor([min(backbone.stop_ids)])
+    targets = [torch.cat((backbone.tokenize(a), ends)) for a in answers]
+    said = torch.stack([_log_probs(backbone, r, targets, reader) for r in readings])  # (R, A)
+    weights = torch.tensor([r.log_weight for r in readings]).log_softmax(0)
+    lengths = torch.tensor([len(t) for t in targets])
+    losses: list[float] = (-(said + weights[:, None]).logsumexp(0) / lengths).tolist()
+    return losses
+
+
+def _log_probs(
+    backbone: Backbone, reading: _Reading, branches: Sequence[Tensor], reader: Reader | None
+) -> Tensor:
+    """``(A,)`` of several answers, read in one pass as branches behind the same question.
 
     A branch's tokens see the question and their own branch; its positions go on from the question.
     """
-    ends = min(backbone.stop_ids)
-    branches = [torch.cat((backbone.tokenize(a), torch.tensor([ends]))) for a in answers]
     question, fed = reading.text, [b[:-1] for b in branches]
     start = int(question.positions[-1]) + 1
     seen = len(reading.placed)
@@ -359,14 +423,14 @@ def answer_losses(
     context = Context([reading.prefix], compose([reading.placed], backbone))
     logits = backbone.read(context, [local], mask=mask[None, None], adapter=reader)[0]
     logits = logits.float().log_softmax(-1)
-    losses, at = [], len(question.ids)
+    sums, at = [], len(question.ids)
     for target in branches:
         rows = torch.cat(
             (torch.tensor([len(question.ids) - 1]), at + torch.arange(len(target) - 1))
         )
-        losses.append(float(-logits[rows, target.to(logits.device)].mean()))
+        sums.append(logits[rows, target.to(logits.device)].sum())
         at += len(target) - 1
-    return losses
+    return torch.stack(sums).cpu()
 
 
 def _meta(config: EvaluateConfig, backbone: Backbone) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""``bench ttft``: time to the first token from text and from gists, in one interleaved run."""
+"""``bench ttft``: time to the first token from text, from gists read together, and from gists read
+apart, in one interleaved run."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 from gist_rag.engine import GistEngine
 from gist_rag.errors import BadInput
 from gist_rag.evaluate.environment import environment
+from gist_rag.focus import Focus
 from gist_rag.models import DEFAULT_MODEL
 from gist_rag.prompt import rag_messages
 from gist_rag.sample import sample_passages, sample_questions
@@ -25,6 +27,7 @@ def bench_ttft(
     codec: str = "bf16",
     dtype: str | None = None,
     repeats: int = 5,
+    apart: int = 3,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Medians over interleaved repeats, each with another question and other passages.
@@ -36,6 +39,7 @@ def bench_ttft(
     Args:
         passages: passages per prompt, each a row of the result.
         repeats: timed prompts per row and arm, after one that warms up.
+        apart: passages that answer where they are read apart, see ``focus.Focus``.
 
     Raises:
         BadInput: more passages than the sample has.
@@ -47,7 +51,15 @@ def bench_ttft(
         engine = GistEngine.from_pretrained(
             model, store, settings={"ratio": ratio}, codec=codec, dtype=dtype
         )
-        empty = GistEngine(engine.backbone, engine.compressor)
+        empty = GistEngine(engine.backbone, engine.compressor, reader=engine.reader)
+        parted = GistEngine(
+            engine.backbone,
+            engine.compressor,
+            store,
+            codec=codec,
+            reader=engine.reader,
+            focus=Focus(apart, apart=True),
+        )
         if progress:
             progress(f"compressing {max(passages)} passages")
         made = engine.precompute(sample[: max(passages)])
@@ -55,7 +67,7 @@ def bench_ttft(
         for count in passages:
             if progress:
                 progress(f"timing {count} passages")
-            runs: dict[str, list[Answer]] = {"text": [], "gist": [], "miss": []}
+            runs: dict[str, list[Answer]] = {"text": [], "gist": [], "apart": [], "miss": []}
             for repeat in range(-1, repeats):
                 texts = [sample[(repeat + i) % max(passages)].text for i in range(count)]
                 prompt = rag_messages(questions[repeat % len(questions)].text, texts)
@@ -63,6 +75,7 @@ def bench_ttft(
                 answers = {
                     "text": engine.generate(prompt, first, gist_mode="off"),
                     "gist": engine.generate(prompt, first, gist_mode="require"),
+                    "apart": parted.generate(prompt, first, gist_mode="require"),
                     "miss": empty.generate(prompt, first),
                 }
                 if repeat >= 0:
@@ -77,6 +90,7 @@ def bench_ttft(
             "codec": codec,
             "dtype": str(engine.backbone.dtype),
             "repeats": repeats,
+            "apart": apart,
             "precompute_seconds_per_passage": round(made.seconds / max(made.written, 1), 3),
             **environment(),
         },
@@ -89,14 +103,16 @@ def _row(count: int, runs: dict[str, list[Answer]]) -> dict[str, Any]:
     def median(name: str, field: str) -> float:
         return float(statistics.median(getattr(a.stats, field) for a in runs[name]))
 
-    text, gist = median("text", "first_token_ms"), median("gist", "first_token_ms")
+    text, gist, apart = (median(name, "first_token_ms") for name in ("text", "gist", "apart"))
     return {
         "passages": count,
         "source_tokens": round(median("gist", "source_tokens")),
         "ttft_text_ms": round(text, 1),
         "ttft_gist_ms": round(gist, 1),
+        "ttft_apart_ms": round(apart, 1),
         "ttft_miss_ms": round(median("miss", "first_token_ms"), 1),
         "speedup": round(text / gist, 2),
+        "speedup_apart": round(text / apart, 2),
         "match_ms": round(median("gist", "match_ms"), 2),
         "load_ms": round(median("gist", "fetch_ms"), 2),
         "compose_ms": round(median("gist", "compose_ms"), 2),

@@ -45,7 +45,7 @@ class TrainConfig(BaseModel):
         lr: peak learning rate; gist embeddings learn ``embedding_lr_factor`` times as fast.
         warmup: share of the steps; then a cosine down to a tenth.
         weights: of loss terms, where a run differs from the method's own.
-        lora: of the ``reader``; compressors have theirs in ``settings``.
+        lora: of a ``reader`` that starts from nothing; compressors have theirs in ``settings``.
         settings: of the compressor.
     """
 

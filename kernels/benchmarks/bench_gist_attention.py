@@ -16,7 +16,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from common import Run, arguments, bound_implementation, rotated
+from common import Run, arguments, both, bound_implementation, rotated
 from torch import Tensor
 
 from gist_rag_kernels import Shift, gist_attention, gist_shift
@@ -116,11 +116,6 @@ def flex(given: Vectors, prefix: int) -> Attention:
     blocks = create_block_mask(visible, None, None, size, size, device=str(is_gist.device))
     compiled = torch.compile(flex_attention)
     return functools.partial(compiled, block_mask=blocks, enable_gqa=True)
-
-
-def both(attention: Attention, query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> object:
-    out = attention(query, key, value)
-    return out.detach(), *torch.autograd.grad(out, (query, key, value), grad)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
   and records a row; ``run.write()`` writes ``results/<op>_<gpu>.json``.
 - ``rotated(make, bytes_each)``: copies of the inputs, enough that a call does not find its inputs
   in the L2 cache; pass ``[functools.partial(op, *inputs) for inputs in rotated(...)]`` to ``time``.
+- ``both(attention, *inputs, grad)``: output and gradients of an attention.
 - ``passage_rows(...)``: ragged row lengths of passages under one budget.
 - ``bound_implementation(name)``: a context in which operations run ``triton`` or ``reference``.
 
@@ -112,6 +113,7 @@ class Run:
         *,
         floor_bytes: float = 0.0,
         floor_flops: float = 0.0,
+        peak_flops: float = PEAK_FLOPS,
         **facts: object,
     ) -> None:
         """Time ``calls`` in turn (the same call over copies of its inputs) and record a row.
@@ -119,6 +121,7 @@ class Run:
         Args:
             floor_bytes: bytes that must cross device memory in one call.
             floor_flops: operations that one call needs.
+            peak_flops: operations per second that the chip reaches on such numbers.
             facts: what else describes the row, such as ``passages=5``.
         """
         row: dict[str, Any] = {"name": name, **facts}
@@ -127,7 +130,7 @@ class Run:
             calls[0]()
         else:
             row["ms"] = rotating_ms(calls)
-            row["floor_ms"] = 1e3 * max(floor_bytes / self.copy_bandwidth, floor_flops / PEAK_FLOPS)
+            row["floor_ms"] = 1e3 * max(floor_bytes / self.copy_bandwidth, floor_flops / peak_flops)
             row["of_floor"] = round(row["floor_ms"] / row["ms"], 4)
         self.rows.append(row)
         print(json.dumps(row), flush=True)
@@ -173,6 +176,13 @@ def rotated(make: Callable[[int], T], bytes_each: float, *, dry: bool = False) -
         return [make(0)]
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     return [make(seed) for seed in range(2 + int(2 * l2 / bytes_each))]
+
+
+def both(attention: Callable[..., Tensor], *inputs: Tensor) -> object:
+    """Output and gradients; the last input is the output's gradient."""
+    *leaves, grad = inputs
+    out = attention(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
 
 def passage_rows(

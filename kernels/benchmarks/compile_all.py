@@ -30,7 +30,14 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton: functions compile or are interpreted
 
-OPS = ("compose_kv", "gist_attention", "kv_quant", "slot_attention")
+OPS = (
+    "compose_kv",
+    "gist_attention",
+    "kv_quant",
+    "retention_attention",
+    "select_fit",
+    "slot_attention",
+)
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 RESULT = Path(__file__).parent / "results" / "compile.json"
 WORKERS = 2

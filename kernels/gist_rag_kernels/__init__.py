@@ -10,7 +10,10 @@ from gist_rag_kernels.gist_attention.op import gist_attention
 from gist_rag_kernels.gist_attention.shift import Shift, gist_shift
 from gist_rag_kernels.kv_quant.op import dequantise, quantise
 from gist_rag_kernels.kv_quant.packed import PackedKV
+from gist_rag_kernels.retention_attention.op import retention_attention
 from gist_rag_kernels.runtime import choose, describe
+from gist_rag_kernels.select_fit.op import fit_slots, score_keys
+from gist_rag_kernels.select_fit.reference import kept_groups
 from gist_rag_kernels.slot_attention.op import ragged_slot_attention, slot_attention
 from gist_rag_kernels.slot_attention.ragged import Plan, RaggedSlots, plan, plan_layers
 
@@ -25,12 +28,16 @@ __all__ = [
     "compose_packed",
     "dequantise",
     "describe",
+    "fit_slots",
     "gist_attention",
     "gist_shift",
+    "kept_groups",
     "plan",
     "plan_layers",
     "quantise",
     "ragged_slot_attention",
+    "retention_attention",
     "rotate",
+    "score_keys",
     "slot_attention",
 ]

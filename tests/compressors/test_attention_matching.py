@@ -1,11 +1,9 @@
-"""Attention Matching: the fits are what their equations say."""
+"""Attention Matching: what is kept, and what refining it brings."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local
@@ -17,83 +15,11 @@ from gist_rag.compressors.attention_matching import (
     REPEAT,
     Kept,
     Target,
-    match,
-    nonnegative_least_squares,
     refine,
-    score,
 )
 from gist_rag.losses import distill
 from gist_rag.types import GistState, Passage
-from gist_rag_kernels import rotate
-
-
-def attention_rows(rows: int, queries: int, keys: int) -> Tensor:
-    """Softmax matrices ``(R, Q, T)`` as peaked as real ones."""
-    return (3 * torch.randn(rows, queries, keys)).softmax(-1)
-
-
-def test_masses_are_as_good_as_scipy_nnls() -> None:
-    kept = attention_rows(12, 90, 60)[..., :20]
-    ours = nonnegative_least_squares(kept.transpose(1, 2) @ kept, kept.sum(1))
-    for a, w in zip(kept.double().numpy(), ours.double().numpy(), strict=True):
-        _, best = nnls(a, np.ones(len(a)))
-        assert (w >= 0).all()
-        assert np.linalg.norm(a @ w - 1) <= best * 1.01 + 1e-3
-
-
-def test_keeping_everything_changes_nothing() -> None:
-    queries, keys, values = torch.randn(4, 50, 16), torch.randn(4, 12, 16), torch.randn(4, 12, 16)
-    mass, fitted = match(
-        queries, keys, values, torch.ones(4, 12, dtype=torch.bool), torch.ones(4, 50), 0.25
-    )
-    assert torch.allclose(mass, torch.ones(48), atol=1e-2)
-    assert torch.allclose(fitted, values.flatten(0, 1), atol=1e-2)
-
-
-def test_fitted_slots_stand_for_all_slots_better_than_plain_ones() -> None:
-    """Over the queries, the fit brings output and attention mass closer to those of all slots."""
-    queries, keys, values = torch.randn(6, 80, 16), torch.randn(6, 40, 16), torch.randn(6, 40, 16)
-    attention = (queries @ keys.transpose(1, 2) * 0.25).softmax(-1)
-    keep = torch.zeros(6, 40, dtype=torch.bool)
-    keep.scatter_(1, attention.square().mean(1).topk(10).indices, True)
-    mass, fitted = match(queries, keys, values, keep, torch.ones(6, 80), 0.25)
-
-    target, part = attention @ values, attention[keep[:, None].expand(-1, 80, -1)]
-    part = part.view(6, 80, 10)
-    plain = part / part.sum(-1, keepdim=True) @ values[keep].view(6, 10, 16)
-    weighted = part * mass.view(6, 1, 10)
-    ours = weighted / weighted.sum(-1, keepdim=True) @ fitted.view(6, 10, 16)
-    assert (ours - target).square().sum() < 0.7 * (plain - target).square().sum()
-    assert (weighted.sum(-1) - 1).square().mean() < 0.2 * (part.sum(-1) - 1).square().mean()
-
-
-def test_rows_that_keep_nothing_are_skipped() -> None:
-    queries, keys, values = torch.randn(3, 20, 8), torch.randn(3, 9, 8), torch.randn(3, 9, 8)
-    keep = torch.zeros(3, 9, dtype=torch.bool)
-    keep[1, 2:5] = True
-    mass, fitted = match(queries, keys, values, keep, torch.ones(3, 20), 0.3)
-    assert mass.shape == (3,)
-    assert fitted.shape == (3, 8)
-
-
-def test_chunking_does_not_change_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    queries, keys, values = torch.randn(7, 30, 8), torch.randn(7, 20, 8), torch.randn(7, 20, 8)
-    keep = torch.rand(7, 20) > 0.6
-    share = torch.rand(7, 30)
-    whole = match(queries, keys, values, keep, share, 0.3)
-    monkeypatch.setattr("gist_rag.compressors.attention_matching.CHUNK", 1)
-    parts = match(queries, keys, values, keep, share, 0.3)
-    assert torch.allclose(whole[0], parts[0], atol=1e-4)
-    assert torch.allclose(whole[1], parts[1], atol=1e-4)
-
-
-def test_scores_count_what_the_prefix_takes_away() -> None:
-    queries, keys = torch.randn(2, 10, 8), torch.randn(2, 6, 8)
-    alone, whole = score(queries, torch.zeros(2, 0, 8), keys, 0.3, "rms")
-    beside, share = score(queries, queries[:, :1] * 10, keys, 0.3, "rms")
-    assert torch.allclose(whole, torch.ones(2, 10))
-    assert (beside <= alone + 1e-6).all()
-    assert (share < 1).all()
+from gist_rag_kernels import fit_slots, rotate
 
 
 def compress(backbone: Backbone, passage: Passage, **settings: object) -> GistState:
@@ -145,7 +71,9 @@ def test_refined_slots_read_more_like_all_slots(backbone: Backbone) -> None:
     seen, unseen = queries[:, :200], queries[:, 200:]
     keep = torch.zeros(rows, 24, dtype=torch.bool)
     keep[0, ::4], keep[1, ::3], keep[2, 5:7] = True, True, True  # ragged; the last row keeps none
-    mass, fitted = match(seen, keys, values, keep, torch.ones(rows, 200), 1.0)
+    mass, fitted = fit_slots(
+        seen, keys, values, keep, torch.ones(rows, 200), 1.0, masses=(MIN_MASS, MAX_MASS)
+    )
     before = Kept(plain[keep], fitted, mass.log())
     at = keep.nonzero()[:, 1]
     target = Target.of(seen, prefix, (keys, values))
@@ -198,16 +126,3 @@ def test_refining_through_the_model_brings_the_repeat_closer(
         target = logits(make_compressor("full", backbone).compress([ids])[0])
     loss = lambda **s: float(distill(target, logits(compress(backbone, passages[0], **s))).mean())
     assert loss(preset="best", refine_steps=20, refine_lr=0.03) < 0.6 * loss()
-
-
-def test_queries_that_look_elsewhere_do_not_count(backbone: Backbone) -> None:
-    """A query without attention on the passage has no say in the fit."""
-    queries, keys, values = torch.randn(2, 40, 8), torch.randn(2, 16, 8), torch.randn(2, 16, 8)
-    keep = torch.zeros(2, 16, dtype=torch.bool)
-    keep[:, ::3] = True
-    share = torch.ones(2, 40)
-    share[:, 20:] = 0
-    weighted = match(queries, keys, values, keep, share, 0.3)
-    alone = match(queries[:, :20], keys, values, keep, torch.ones(2, 20), 0.3)
-    assert torch.allclose(weighted[0], alone[0], atol=1e-2)
-    assert torch.allclose(weighted[1], alone[1], atol=0.05)

@@ -14,7 +14,7 @@ from gist_rag.compressors import make_compressor
 from gist_rag.compressors.base import Lesson
 from gist_rag.compressors.trim_kv import TrimKV, TrimmedCache
 from gist_rag.errors import BadInput, ContextOverflow
-from gist_rag.losses import capacity
+from gist_rag.losses import capacity, distill
 from gist_rag.types import GistState, Sampling
 
 
@@ -150,6 +150,61 @@ def test_the_capacity_term_is_learnt(
         return method.losses(lesson)["cap"]
 
     assert lowers(method, loss)
+
+
+# ---- fading while a passage is read
+
+
+def lesson(method: TrimKV, passages: list[Tensor]) -> Lesson:
+    """One whose answers say nothing."""
+    hidden = method.encode(passages)
+    states = method.distil(hidden, passages)
+    logit, one = torch.zeros(1, 600), torch.ones(1)
+    return Lesson(passages, hidden, states, logit, logit, one.long(), one)
+
+
+def test_gates_that_hold_on_read_as_the_plain_model(
+    make: Callable[..., TrimKV], ids: Tensor
+) -> None:
+    """With beta = 1 nothing fades; padding of a shorter passage does not count."""
+    method = make(fade=True)
+    for weight in (method.gates.down, method.gates.up):
+        torch.nn.init.zeros_(weight)
+    torch.nn.init.constant_(method.gates.up_bias, 40.0)
+    assert float(method.losses(lesson(method, [ids, ids[:9]]))["fade"].detach()) < 1e-6
+
+
+def test_what_fades_is_read_less_in_every_layer(make: Callable[..., TrimKV], ids: Tensor) -> None:
+    """Against a second way: the model's own attention, given the decay as a mask of floats."""
+    method = make(fade=True)
+    given = lesson(method, [ids])
+    age = torch.arange(48)[:, None] - torch.arange(48)
+    decay = (log_beta(method, ids).view(3, 2, 1, 48) * age).masked_fill(age < 0, -torch.inf)
+    model, stream = method.backbone.model, method.backbone.embed(ids[None])
+    rotary = model.model.rotary_emb(stream, position_ids=torch.arange(48)[None])
+    with torch.no_grad():
+        for index, layer in enumerate(method.backbone.layers):
+            group = layer.self_attn.num_key_value_groups
+            mask = decay[index].repeat_interleave(group, dim=0)[None]
+            stream = layer(stream, attention_mask=mask, position_embeddings=rotary)
+    wanted = distill(method.backbone.logits(given.hidden[-1]), method.backbone.logits(stream))
+    expected = float(wanted[0, :-1].mean())
+    assert expected > 1e-3
+    assert float(method.losses(given)["fade"].detach()) == pytest.approx(expected, rel=1e-3)
+
+
+def test_fading_teaches_gates_of_every_layer(make: Callable[..., TrimKV], ids: Tensor) -> None:
+    method = make(fade=True)
+    method.losses(lesson(method, [ids]))["fade"].backward()  # type: ignore[no-untyped-call]
+    assert method.gates.down.grad is not None
+    assert bool((method.gates.down.grad.abs().amax((1, 2)) > 0).all())
+
+
+def test_a_passage_of_one_token_has_nothing_to_fade(
+    make: Callable[..., TrimKV], ids: Tensor
+) -> None:
+    method = make(fade=True)
+    assert float(method.losses(lesson(method, [ids[:1]]))["fade"].detach()) == 0
 
 
 # ---- trimming while decoding

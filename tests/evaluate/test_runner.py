@@ -86,7 +86,13 @@ def test_expanded_arms_read_a_passage_as_text(tiny_model_folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arm", "message"),
-    [("strided@x", "is not name"), ("strided@4+one", "is not name"), ("full+1", "text already")],
+    [
+        ("strided@x", "is not name"),
+        ("strided@4+one", "is not name"),
+        ("full+1", "reads no gists"),
+        ("full~1", "reads no gists"),
+        ("strided@4:", "is not name"),
+    ],
 )
 def test_bad_arms_are_named(tiny_model_folder: Path, arm: str, message: str) -> None:
     config = EvaluateConfig(task=QUESTIONS, model=str(tiny_model_folder), limit=1, arms=(arm,))
@@ -99,7 +105,7 @@ def test_branches_score_as_each_answer_read_alone(backbone: Backbone) -> None:
     prefix = backbone.prefix(prompt[:-1])
     reading = _Reading(prefix, (), Local.after(prompt[-1:], len(prefix), 0), 0, 0)
     answers = [" deleted", " a separate file", "WAL"]
-    losses = answer_losses(backbone, reading, answers)
+    losses = answer_losses(backbone, [reading], answers)
     end = torch.tensor([min(backbone.stop_ids)])
     for loss, answer in zip(losses, answers, strict=True):
         target = torch.cat((backbone.tokenize(answer), end))
@@ -108,6 +114,22 @@ def test_branches_score_as_each_answer_read_alone(backbone: Backbone) -> None:
             logits = backbone.model(whole[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         alone = -logits.gather(1, target[:, None]).mean()
         assert loss == pytest.approx(float(alone), abs=1e-3)
+
+
+def test_passages_apart_are_a_mixture(tiny_model_folder: Path) -> None:
+    """One passage apart is that passage; all of them apart are not all of them together."""
+    arms = ("strided@2:1", "strided@2~1", "strided@2~2", "strided@2")
+    settings = {"task": QUESTIONS, "model": str(tiny_model_folder), "passages": 2, "limit": 3}
+    result = evaluate(EvaluateConfig(arms=arms, **settings))
+    of = {arm: [p for p in result["predictions"] if p["arm"] == arm] for arm in arms}
+    for one, same in zip(of["strided@2:1"], of["strided@2~1"], strict=True):
+        assert (one["nll"], one["answer"]) == (pytest.approx(same["nll"], abs=1e-4), same["answer"])
+    slots = {arm: result["arms"][arm]["kv_slots"] for arm in arms}
+    assert slots["strided@2~2"] == slots["strided@2"] > slots["strided@2~1"]
+    assert any(
+        a["nll"] != pytest.approx(b["nll"], abs=1e-4)
+        for a, b in zip(of["strided@2~2"], of["strided@2"], strict=True)
+    )
 
 
 def test_examples_are_the_same_for_the_same_seed() -> None:

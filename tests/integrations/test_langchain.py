@@ -29,7 +29,7 @@ from langchain_core.runnables import ConfigurableField, RunnablePassthrough
 from pydantic import ValidationError
 
 from gist_rag.errors import BadInput, GistsRequired
-from gist_rag.expand import Expand
+from gist_rag.focus import Expand, Focus
 from langchain_gist_rag import ChatGist, GistLLM, _common
 
 pytestmark = pytest.mark.filterwarnings(
@@ -369,17 +369,37 @@ def test_copy_with_another_ratio_has_an_engine_of_its_own() -> None:
     assert copy.engine is not llm.engine
 
 
+def test_how_passages_are_read_is_a_field(
+    tiny_model_folder: Path, documents: list[Document], tmp_path: Path
+) -> None:
+    """Two passages read apart, through a chain: their order does not matter."""
+    llm = ChatGist(model=str(tiny_model_folder), store=tmp_path, ratio=4, apart=2, max_tokens=4)
+    llm.precompress(documents[:3])
+    texts = [d.page_content for d in documents[:3]]
+    one, other = ("\n\n".join([*order, "What is SQLite?"]) for order in (texts, texts[::-1]))
+    answers = [llm.invoke(prompt) for prompt in (one, other)]
+    assert answers[0].content == answers[1].content
+    gist = answers[0].response_metadata["gist"]
+    assert (gist["hits"], gist["left_out"]) == (2, 1)
+    focused = ChatGist(model=str(tiny_model_folder), store=tmp_path, ratio=4, focus=1, max_tokens=4)
+    assert focused.invoke(one).response_metadata["gist"]["left_out"] == 2
+
+
 def test_cached_answers_are_kept_apart_by_gist_mode_and_engine(
     llm: ChatGist, both: str, prompts: Any, make_engine: Any
 ) -> None:
-    other, doubting = make_engine(settings={"ratio": 8}), make_engine(expand=Expand(doubt=99.0))
+    other, doubting, apart = (
+        make_engine(settings={"ratio": 8}),
+        make_engine(expand=Expand(doubt=99.0)),
+        make_engine(focus=Focus(2, apart=True)),
+    )
     cache = InMemoryCache()
     auto = ChatGist(engine=llm.engine, cache=cache, max_tokens=4)
     off = ChatGist(engine=llm.engine, cache=cache, max_tokens=4, gist_mode="off")
-    others = [ChatGist(engine=e, cache=cache, max_tokens=4) for e in (other, doubting)]
+    others = [ChatGist(engine=e, cache=cache, max_tokens=4) for e in (other, doubting, apart)]
     for model in (auto, auto, off, *others):
         model.invoke(both)
-    assert len(cache._cache) == 4
+    assert len(cache._cache) == 5
     assert len(prompts.gists) == 2  # the second answer came from the cache
 
 

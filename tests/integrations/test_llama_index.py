@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -465,3 +466,18 @@ def test_saved_form_is_json_and_comes_back(
     monkeypatch.setattr(base.GistLLM, "_build_engine", lambda _self: engine)
     assert llm.engine is engine
     assert pickle.loads(pickle.dumps(llm)).ratio == 8
+
+
+def test_passages_can_be_read_apart(
+    tiny_model_folder: Path, nodes: list[TextNode], tmp_path: Path
+) -> None:
+    """The two that matter answer together, whatever their order."""
+    llm = GistLLM(
+        model_name=str(tiny_model_folder), store=tmp_path, ratio=4, apart=2, max_new_tokens=4
+    )
+    llm.precompress(nodes[:3])
+    texts = [node.text for node in nodes[:3]]
+    one, other = ("\n\n".join([*order, QUESTION]) for order in (texts, texts[::-1]))
+    first, second = llm.complete(one), llm.complete(other)
+    assert first.text == second.text
+    assert (first.raw["gist"]["hits"], first.raw["gist"]["left_out"]) == (2, 1)

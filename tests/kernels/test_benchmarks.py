@@ -14,7 +14,17 @@ BENCHMARKS = Path(__file__).parents[2] / "kernels" / "benchmarks"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["compose_kv", "gist_attention", "kv_quant", "slot_attention"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        "compose_kv",
+        "gist_attention",
+        "kv_quant",
+        "retention_attention",
+        "select_fit",
+        "slot_attention",
+    ],
+)
 def test_dry_run_checks_and_times_nothing(op: str, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     command = [sys.executable, BENCHMARKS / f"bench_{op}.py", "--dry-run", "--out", out]

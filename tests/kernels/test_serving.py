@@ -1,4 +1,4 @@
-"""The serving path with Triton kernels gives what it gives with plain torch."""
+"""Compressing and serving with Triton kernels give what they give with plain torch."""
 
 from __future__ import annotations
 
@@ -35,6 +35,35 @@ def prompts(backbone: Backbone, states: list[GistState]) -> tuple[Context, list[
         Local.after(question, last, 1),
     ]
     return Context(prefixes, compose([[*first, *second], third], backbone)), texts
+
+
+@torch.no_grad()
+def test_compressing_keeps_the_same_slots(
+    backbone: Backbone, passages: list[Passage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compressor = make_compressor("attention_matching", backbone, {"ratio": 4})
+    ids = [backbone.tokenize(p.text)[:12] for p in passages[:1]]
+    monkeypatch.setenv("GIST_RAG_KERNELS", "reference")
+    plain = compressor.compress(ids)
+    monkeypatch.setenv("GIST_RAG_KERNELS", "triton")
+    for ours, theirs in zip(compressor.compress(ids), plain, strict=True):
+        assert torch.equal(ours.offsets, theirs.offsets)
+        assert torch.equal(ours.lengths, theirs.lengths)
+        assert torch.allclose(ours.values, theirs.values, atol=1e-3)
+        assert torch.allclose(ours.bias, theirs.bias, atol=1e-3)
+
+
+@torch.no_grad()
+def test_fading_while_a_passage_is_read_is_the_same(
+    backbone: Backbone, passages: list[Passage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = backbone.tokenize(passages[0].text)[:24]
+    log_beta = -torch.rand(backbone.num_layers, 1, backbone.num_heads, len(ids))
+    monkeypatch.setenv("GIST_RAG_KERNELS", "reference")
+    plain = backbone.encode(ids[None], log_beta=log_beta)
+    monkeypatch.setenv("GIST_RAG_KERNELS", "triton")
+    assert torch.allclose(backbone.encode(ids[None], log_beta=log_beta), plain, atol=1e-4)
+    assert not torch.allclose(backbone.encode(ids[None]), plain, atol=1e-2)
 
 
 @torch.no_grad()

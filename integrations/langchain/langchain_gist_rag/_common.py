@@ -89,9 +89,15 @@ class GistModel(BaseLanguageModel[Any], ABC):
     """Tenant; gists of another namespace are never read."""
     reader: str | Path | None = None
     """Alias or folder of a trained reader, who answers in place of the plain model."""
+    focus: int | None = Field(default=None, ge=1)
+    """How many of its passages a prompt reads as gists: those that make the question likeliest;
+    ``None`` for all."""
+    apart: int | None = Field(default=None, ge=1)
+    """The same, but each is read by itself, and they answer together. Better answers from several
+    passages, later first tokens."""
     expand: float | None = Field(default=None, ge=0)
-    """Entropy of an answer's first token, in nats, from which on the passage that the model looks
-    at most is read as text after all; ``None`` for never."""
+    """Entropy of an answer's first token, in nats, from which on the passage that matters most is
+    read as text after all; ``None`` for never."""
     dtype: str | None = None
     """Of the model's weights, for example ``"bfloat16"``."""
     device: str | None = None
@@ -170,6 +176,7 @@ class GistModel(BaseLanguageModel[Any], ABC):
                 "space": self.engine.space,
                 "positions": self.engine.positions,
                 "reader": None if reader is None else reader.fingerprint,
+                "focus": str(self.engine.focus),
                 "expand": str(self.engine.expand),
             }
         samples = {name: getattr(self, name) for name in _SAMPLES}

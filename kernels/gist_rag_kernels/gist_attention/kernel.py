@@ -14,7 +14,6 @@ the backward are FlashAttention-2's (Dao, 2023).
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -24,17 +23,7 @@ from torch import Tensor
 
 from gist_rag_kernels.gist_attention.shift import Shift
 from gist_rag_kernels.runtime import Compilation
-
-LOG2E = tl.constexpr(1.4426950408889634)
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def _dot(a, b, sums):
-    """``sums + a b``; the interpreter of triton 3.9 multiplies bf16 as if it were integers."""
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision="ieee")
+from gist_rag_kernels.tiles import LOG2E, dot, head_constants, load_rows, store_rows
 
 
 @triton.jit
@@ -88,23 +77,6 @@ def _pick(step, end_a, end_b, begin_a, stop_a, begin_b, stop_b, BLOCK: tl.conste
     first = step < end_a
     begin = tl.where(first, begin_a + step * BLOCK, begin_b + (step - end_a) * BLOCK)
     return begin, tl.where(first, stop_a, stop_b)
-
-
-@triton.jit
-def _load_rows(base, rows, live, channel, stride, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    inside = live[:, None]
-    if WIDTH != SIZE:
-        inside = inside & (channel < SIZE)[None, :]
-    return tl.load(base + rows[:, None] * stride + channel[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _store_rows(base, rows, live, channel, stride, tile, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    inside = live[:, None]
-    if WIDTH != SIZE:
-        inside = inside & (channel < SIZE)[None, :]
-    target = base + rows[:, None] * stride + channel[None, :]
-    tl.store(target, tile.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -178,7 +150,7 @@ def forward_kernel(
     original = tl.load(order + place, mask=live, other=-1)
     channel = tl.arange(0, WIDTH)
     query += batch * query_batch + head * query_head
-    q = _load_rows(query, original, live, channel, query_row, SIZE, WIDTH)
+    q = load_rows(query, original, live, channel, query_row, SIZE, WIDTH)
     ranges = _key_ranges(raws, first, of_gists, original, live, num_raws, slots, prefix)
     raw_from, gist_from, raw_sinks, raw_begin, raw_stop, gist_sinks, gist_begin, gist_stop = ranges
     a = tl.cdiv(raw_sinks, BLOCK_N)
@@ -211,9 +183,9 @@ def forward_kernel(
         column = at + tl.arange(0, BLOCK_N)
         inside = column < stop
         k_original = tl.load(order + column, mask=inside, other=slots)
-        k = _load_rows(key, column, inside, channel, SIZE, SIZE, WIDTH)
-        v = _load_rows(value, column, inside, channel, SIZE, SIZE, WIDTH)
-        logits = _dot(q, tl.trans(k), zeros) * scale
+        k = load_rows(key, column, inside, channel, SIZE, SIZE, WIDTH)
+        v = load_rows(value, column, inside, channel, SIZE, SIZE, WIDTH)
+        logits = dot(q, tl.trans(k), zeros) * scale
         start = tl.where(is_gist, gist_from, raw_from)
         shown = (k_original[None, :] >= start[:, None]) | (k_original < prefix)[None, :]
         shown = shown & (k_original[None, :] <= original[:, None])
@@ -223,13 +195,13 @@ def forward_kernel(
         share = tl.exp2(logits - safe[:, None])
         fade = tl.exp2(top - safe)
         total = total * fade + tl.sum(share, 1)
-        result = _dot(share.to(v.dtype), v, result * fade[:, None])
+        result = dot(share.to(v.dtype), v, result * fade[:, None])
         top = peak
 
     blind = total == 0.0
     result = result / tl.where(blind, 1.0, total)[:, None]
     rows = (batch * query_heads + head) * slots
-    _store_rows(out + rows * SIZE, original, live, channel, SIZE, result, SIZE, WIDTH)
+    store_rows(out + rows * SIZE, original, live, channel, SIZE, result, SIZE, WIDTH)
     sums = tl.where(blind, float("inf"), top + tl.log2(tl.where(blind, 1.0, total)))
     tl.store(lse + rows + original, sums, mask=live)
 
@@ -281,9 +253,9 @@ def query_gradient_kernel(
     rows = (batch * query_heads + head) * slots
     query += batch * query_batch + head * query_head
     grad += batch * grad_batch + head * grad_head
-    q = _load_rows(query, original, live, channel, query_row, SIZE, WIDTH)
-    do = _load_rows(grad, original, live, channel, grad_row, SIZE, WIDTH)
-    o = _load_rows(out + rows * SIZE, original, live, channel, SIZE, SIZE, WIDTH)
+    q = load_rows(query, original, live, channel, query_row, SIZE, WIDTH)
+    do = load_rows(grad, original, live, channel, grad_row, SIZE, WIDTH)
+    o = load_rows(out + rows * SIZE, original, live, channel, SIZE, SIZE, WIDTH)
     product = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta + rows + original, product, mask=live)
     sums = tl.load(lse + rows + original, mask=live, other=float("inf"))
@@ -317,17 +289,17 @@ def query_gradient_kernel(
         column = at + tl.arange(0, BLOCK_N)
         inside = column < stop
         k_original = tl.load(order + column, mask=inside, other=slots)
-        k = _load_rows(key, column, inside, channel, SIZE, SIZE, WIDTH)
-        v = _load_rows(value, column, inside, channel, SIZE, SIZE, WIDTH)
-        logits = _dot(q, tl.trans(k), zeros) * scale
+        k = load_rows(key, column, inside, channel, SIZE, SIZE, WIDTH)
+        v = load_rows(value, column, inside, channel, SIZE, SIZE, WIDTH)
+        logits = dot(q, tl.trans(k), zeros) * scale
         start = tl.where(is_gist, gist_from, raw_from)
         shown = (k_original[None, :] >= start[:, None]) | (k_original < prefix)[None, :]
         shown = shown & (k_original[None, :] <= original[:, None])
         share = tl.exp2(tl.where(shown, logits, float("-inf")) - sums[:, None])
-        slope = share * (_dot(do, tl.trans(v), zeros) - product[:, None])
-        result = _dot(slope.to(k.dtype), k, result)
+        slope = share * (dot(do, tl.trans(v), zeros) - product[:, None])
+        result = dot(slope.to(k.dtype), k, result)
     result = result * (scale / LOG2E)
-    _store_rows(d_query + rows * SIZE, original, live, channel, SIZE, result, SIZE, WIDTH)
+    store_rows(d_query + rows * SIZE, original, live, channel, SIZE, result, SIZE, WIDTH)
 
 
 @triton.jit
@@ -376,8 +348,8 @@ def key_gradient_kernel(
     k_original = tl.load(order + column, mask=inside, other=slots)
     channel = tl.arange(0, WIDTH)
     kv = (batch * heads + head) * slots * SIZE
-    k = _load_rows(key + kv, column, inside, channel, SIZE, SIZE, WIDTH)
-    v = _load_rows(value + kv, column, inside, channel, SIZE, SIZE, WIDTH)
+    k = load_rows(key + kv, column, inside, channel, SIZE, SIZE, WIDTH)
+    v = load_rows(value + kv, column, inside, channel, SIZE, SIZE, WIDTH)
     if begin >= num_raws:  # keys are gists: what counts is the first gist that a query sees
         first += of_gists
 
@@ -407,22 +379,22 @@ def key_gradient_kernel(
         live = place < stop
         original = tl.load(order + place, mask=live, other=-1)
         q_base = query + batch * query_batch + query_at * query_head
-        q = _load_rows(q_base, original, live, channel, query_row, SIZE, WIDTH)
+        q = load_rows(q_base, original, live, channel, query_row, SIZE, WIDTH)
         grad_base = grad + batch * grad_batch + query_at * grad_head
-        do = _load_rows(grad_base, original, live, channel, grad_row, SIZE, WIDTH)
+        do = load_rows(grad_base, original, live, channel, grad_row, SIZE, WIDTH)
         sums = tl.load(lse + rows + original, mask=live, other=float("inf"))
         product = tl.load(delta + rows + original, mask=live, other=0.0)
         start = tl.load(first + original, mask=live, other=slots)
-        logits = _dot(k, tl.trans(q), zeros) * scale  # keys down, queries across
+        logits = dot(k, tl.trans(q), zeros) * scale  # keys down, queries across
         shown = (k_original[:, None] >= start[None, :]) | (k_original < prefix)[:, None]
         shown = shown & (k_original[:, None] <= original[None, :])
         share = tl.exp2(tl.where(shown, logits, float("-inf")) - sums[None, :])
-        dv = _dot(share.to(do.dtype), do, dv)
-        slope = share * (_dot(v, tl.trans(do), zeros) - product[None, :])
-        dk = _dot(slope.to(q.dtype), q, dk)
+        dv = dot(share.to(do.dtype), do, dv)
+        slope = share * (dot(v, tl.trans(do), zeros) - product[None, :])
+        dk = dot(slope.to(q.dtype), q, dk)
     dk = dk * (scale / LOG2E)
-    _store_rows(d_key + kv, k_original, inside, channel, SIZE, dk, SIZE, WIDTH)
-    _store_rows(d_value + kv, k_original, inside, channel, SIZE, dv, SIZE, WIDTH)
+    store_rows(d_key + kv, k_original, inside, channel, SIZE, dk, SIZE, WIDTH)
+    store_rows(d_value + kv, k_original, inside, channel, SIZE, dv, SIZE, WIDTH)
 
 
 class _GistAttention(torch.autograd.Function):
@@ -449,7 +421,7 @@ class _GistAttention(torch.autograd.Function):
                 *(slots, shift.prefix, heads, batch * slots),
                 *query.stride()[:3],
                 GROUP=heads // key.shape[1],
-                **_constants(size),
+                **head_constants(size),
                 **tile,
             )
         ctx.save_for_backward(query, key, value, out, lse)
@@ -480,7 +452,7 @@ class _GistAttention(torch.autograd.Function):
             *(scale, slots, shift.prefix, query_heads, batch * slots),
             *strides,
             GROUP=query_heads // heads,
-            **_constants(size),
+            **head_constants(size),
             **tile,
         )
         tile = _tile("key_gradient", size, query.element_size())
@@ -490,7 +462,7 @@ class _GistAttention(torch.autograd.Function):
             *(scale, slots, shift.prefix, heads, batch * slots),
             *strides,
             GROUP=query_heads // heads,
-            **_constants(size),
+            **head_constants(size),
             **tile,
         )
         return d_query, d_key, d_value, None, None
@@ -502,10 +474,6 @@ def gist_attention(
     """Launch the kernels; arguments as in ``op.gist_attention``, already checked."""
     out: Tensor = _GistAttention.apply(query, key, value, shift, scaling)
     return out
-
-
-def _constants(size: int) -> dict[str, int]:
-    return {"SIZE": size, "WIDTH": max(16, int(triton.next_power_of_2(size)))}
 
 
 def _tile(kernel: str, size: int, itemsize: int) -> dict[str, int]:
@@ -555,7 +523,7 @@ def _job(kernel: str, size: int, dtype: str, *, hot: bool = True) -> Compilation
         name=f"{kernel}_{dtype}_d{size}",
         kernel=function,
         signature={name: types[name] for name in function.arg_names if name in types},
-        constants={"GROUP": 4, **_constants(size), **tile},
+        constants={"GROUP": 4, **head_constants(size), **tile},
         num_warps=num_warps,
         num_stages=num_stages,
         hot=hot,

@@ -16,8 +16,6 @@ The split over keys is flash-decoding's (Dao et al., 2023); the ragged list of p
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -26,19 +24,10 @@ from torch import Tensor
 from gist_rag_kernels.runtime import Compilation
 from gist_rag_kernels.slot_attention.ragged import Plan, RaggedSlots
 from gist_rag_kernels.slot_attention.ragged import plan as make_plan
+from gist_rag_kernels.tiles import LOG2E, dot
 
-LOG2E = tl.constexpr(1.4426950408889634)
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 ENOUGH_PROGRAMS = 264
 """Programs that keep a large GPU busy without splitting: two on each of 132 multiprocessors."""
-
-
-@triton.jit
-def _dot(a, b, sums):
-    """``sums + a b``; the interpreter of triton 3.9 multiplies bf16 as if it were integers."""
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision="ieee")
 
 
 @triton.jit
@@ -86,8 +75,8 @@ def _accumulate(logits, value_left, value_right, weight, top, total, left, right
     fade = tl.exp2(top - base)
     total = total * fade + tl.sum(share, 1)
     share = (share * weight[None, :]).to(value_left.dtype)
-    left = _dot(share, value_left, left * fade[:, None])
-    right = _dot(share, value_right, right * fade[:, None])
+    left = dot(share, value_left, left * fade[:, None])
+    right = dot(share, value_right, right * fade[:, None])
     return peak, total, left, right
 
 
@@ -220,8 +209,8 @@ def attend_kernel(
             weight = tl.load(value_scales + slot, mask=live, other=0.0).to(tl.float32)
             v_left, v_right = v_left.to(tl.float32), v_right.to(tl.float32)
         k_left, k_right = k_left.to(q_left.dtype), k_right.to(q_left.dtype)
-        logits = _dot(q_left, tl.trans(k_left), zeros)
-        logits = _dot(q_right, tl.trans(k_right), logits) * scale + bias[None, :]
+        logits = dot(q_left, tl.trans(k_left), zeros)
+        logits = dot(q_right, tl.trans(k_right), logits) * scale + bias[None, :]
         if seen is not None:
             order = tl.load(slot_order + slot, mask=live, other=0)
             logits = tl.where(order[None, :] < num_seen[:, None], logits, float("-inf"))
@@ -265,8 +254,8 @@ def attend_kernel(
             SIZE,
             PADDED,
         )
-        logits = _dot(q_left, tl.trans(k_left), zeros)
-        logits = _dot(q_right, tl.trans(k_right), logits) * scale
+        logits = dot(q_left, tl.trans(k_left), zeros)
+        logits = dot(q_right, tl.trans(k_right), logits) * scale
         if MASK == 4:
             shown = tl.load(
                 visible + q[:, None] * visible_row + place[None, :] * visible_key,

@@ -97,11 +97,23 @@ class GistLLM(FunctionCallingLLM):
     reader: str | None = Field(
         default=None, description="Alias or folder of a trained reader, who answers."
     )
+    focus: int | None = Field(
+        default=None,
+        ge=1,
+        description="How many of its passages a prompt reads as gists: those that make the "
+        "question likeliest; None for all.",
+    )
+    apart: int | None = Field(
+        default=None,
+        ge=1,
+        description="The same, but each is read by itself, and they answer together: better "
+        "answers from several passages, later first tokens.",
+    )
     expand: float | None = Field(
         default=None,
         ge=0,
         description="Entropy of an answer's first token, in nats, from which on the passage that "
-        "the model looks at most is read as text after all.",
+        "matters most is read as text after all.",
     )
     dtype: str | None = Field(default=None, description="Of the weights, such as 'bfloat16'.")
     device: str | None = Field(default=None, description="Where the model runs, such as 'cuda'.")

@@ -1,0 +1,125 @@
+"""Which of several passages a prompt is about, and what follows from that.
+
+A passage is judged by how likely it makes the question: the log-likelihood of what the prompt says
+after its passages, once the model has read this one alone as a gist. That takes no training and no
+text of a passage, only a pass over the question for each (UPR, unsupervised re-ranking: Sachan et
+al. 2022, arXiv 2204.07496; there passages are text and an instruction asks for the question).
+
+Focus   of all passages, only those that matter are read, together or apart
+Expand  where gists leave the model in doubt, those that matter are read as text
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
+from gist_rag.compose import Placed, compose
+from gist_rag.errors import BadInput
+
+ROWS = 32
+"""Prompts that are judged in one pass."""
+
+
+@dataclass(frozen=True)
+class Focus:
+    """Which of its passages a prompt reads, and how.
+
+    Read apart, each passage stands alone in a prompt of its own, and these answer together
+    (``mixture.Mixture``): no passage disturbs another and their order does not matter, but what
+    takes two passages at once is not found.
+
+    Attributes:
+        passages: at most so many.
+        apart: whether each is read alone.
+        margin: none that makes the question less likely than the best one by more than this, in
+            nats.
+        temperature: of the likelihoods, where they are weights of passages read apart.
+    """
+
+    passages: int = 1
+    apart: bool = False
+    margin: float = math.inf
+    temperature: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.passages < 1 or self.margin < 0 or self.temperature <= 0:
+            raise BadInput(
+                f"{self}: passages must be 1 or more, margin 0 or more, temperature above 0"
+            )
+
+    def chosen(self, likelihoods: Tensor) -> list[int]:
+        """Places of the passages to be read, of ``likelihoods`` ``(P,)``."""
+        near = likelihoods >= likelihoods.max() - self.margin
+        return [place for place in _best(likelihoods, self.passages) if near[place]]
+
+
+def make_focus(focus: Focus | int | None = None, apart: int | None = None) -> Focus | None:
+    """From numbers: how many passages are read together, or how many apart.
+
+    Raises:
+        BadInput: both are given.
+    """
+    if focus is not None and apart is not None:
+        raise BadInput("focus reads passages together and apart each by itself; give one of them")
+    if apart is not None:
+        return Focus(apart, apart=True)
+    return Focus(focus) if isinstance(focus, int) else focus
+
+
+@dataclass(frozen=True)
+class Expand:
+    """When to read text after all, and how much of it.
+
+    Attributes:
+        doubt: entropy of an answer's first token, in nats, from which on a prompt is read again.
+        passages: how many passages are then read as text.
+    """
+
+    doubt: float
+    passages: int = 1
+
+    def doubtful(self, opened: Opened) -> list[bool]:
+        """Which of the prompts are to be read again."""
+        doubtful: list[bool] = (opened.entropy >= self.doubt).tolist()
+        return doubtful
+
+    def chosen(self, likelihoods: Tensor) -> list[int]:
+        """Places of the passages to be read as text, of ``likelihoods`` ``(P,)``."""
+        return _best(likelihoods, self.passages)
+
+
+def _best(likelihoods: Tensor, count: int) -> list[int]:
+    places: list[int] = likelihoods.topk(min(count, len(likelihoods))).indices.tolist()
+    return places
+
+
+def log_likelihoods(
+    backbone: Backbone,
+    prefixes: Sequence[Prefix],
+    placed: Sequence[Sequence[Placed]],
+    texts: Sequence[Local],
+    counts: Sequence[int],
+) -> Tensor:
+    """How likely prompts make their ends, to the plain backbone.
+
+    Args:
+        prefixes, placed, texts: of each prompt.
+        counts: how many tokens of each text's end are judged, see ``Backbone.open``.
+
+    Returns:
+        ``(B,)`` sums of log-probabilities.
+    """
+    found = []
+    for first in range(0, len(texts), ROWS):
+        rows = slice(first, first + ROWS)
+        context = Context(prefixes[rows], compose(placed[rows], backbone))
+        opened = backbone.open(context, texts[rows], counts=counts[rows])
+        assert opened.likelihoods is not None
+        found.append(opened.likelihoods.cpu())
+    return torch.cat(found)

@@ -1,0 +1,192 @@
+"""Which passages matter: only those are read, or read as text where gists leave a doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from gist_rag.backbone import Backbone
+from gist_rag.compose import arrange
+from gist_rag.compressors import make_compressor
+from gist_rag.engine import GistEngine
+from gist_rag.errors import BadInput
+from gist_rag.focus import ROWS, Expand, Focus, log_likelihoods, make_focus
+from gist_rag.types import Answer, Passage, Sampling
+
+QUESTION = "\n\nWhat is SQLite?"
+ALWAYS, NEVER = 0.0, 1e9
+Engines = Callable[..., GistEngine]
+
+
+def prompt(passages: list[Passage], between: str = "\n\n") -> str:
+    return "Documents:\n" + between.join(p.text for p in passages) + QUESTION
+
+
+def ask(engine: GistEngine, text: str, **kwargs: object) -> Answer:
+    return engine.generate(text, Sampling(max_tokens=4), **kwargs)  # type: ignore[arg-type]
+
+
+def test_likelihoods_are_those_of_plain_text(any_backbone: Backbone) -> None:
+    """Uncompressed gists are their text, so this is what transformers says of it."""
+    backbone = any_backbone
+    torch.manual_seed(0)
+    ids = [torch.randint(5, 200, (n,)) for n in (3, *(4 + i % 5 for i in range(ROWS + 2)))]
+    head, passages, question = ids[0], ids[1:], torch.randint(5, 200, (6,))
+    states = make_compressor("full", backbone).compress(passages)
+    arranged = [arrange([state, question], len(head), "sequence") for state in states]
+    found = log_likelihoods(
+        backbone,
+        [backbone.prefix(head)] * len(states),
+        [placed for placed, _ in arranged],
+        [text for _, text in arranged],
+        [99, *[4] * (len(states) - 1)],
+    )
+    for place, count in ((0, 5), (1, 4), (ROWS + 1, 4)):
+        # a passage is encoded alone: it does not see the head
+        whole = torch.cat((head, passages[place], question))
+        size, first = len(whole), len(head)
+        mask = torch.ones(size, size, dtype=torch.bool).tril()
+        mask[first : first + len(passages[place]), :first] = False
+        with torch.no_grad():
+            logs = backbone.model(
+                whole[None],
+                attention_mask=torch.zeros(size, size).masked_fill(~mask, -torch.inf)[None, None],
+            ).logits[0]
+        logs = logs.log_softmax(-1)[-1 - count : -1]
+        expected = logs.gather(-1, question[-count:, None]).sum()
+        assert float(found[place]) == pytest.approx(float(expected), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("focus", "chosen"),
+    [
+        (Focus(1), [3]),
+        (Focus(3), [3, 0, 2]),
+        (Focus(9), [3, 0, 2, 1]),
+        (Focus(9, margin=2.0), [3, 0]),
+        (Focus(1, margin=0.0), [3]),
+    ],
+    ids=str,
+)
+def test_focus_chooses_the_likeliest(focus: Focus, chosen: list[int]) -> None:
+    assert focus.chosen(torch.tensor([-3.0, -9.0, -4.5, -2.0])) == chosen
+
+
+@pytest.mark.parametrize("given", [{"passages": 0}, {"margin": -1.0}], ids=str)
+def test_focus_refuses_what_cannot_be(given: dict[str, float]) -> None:
+    with pytest.raises(BadInput, match=r"1 or more"):
+        Focus(**given)  # type: ignore[arg-type]
+
+
+def test_a_focused_answer_is_that_of_a_prompt_with_the_chosen_passage(
+    make_engine: Engines, passages: list[Passage]
+) -> None:
+    engine = make_engine(settings={"ratio": 4}, focus=Focus(1))
+    engine.precompute(passages[:3])
+    focused = ask(engine, prompt(passages[:3]))
+    assert (focused.stats.hits, focused.stats.left_out) == (1, 2)
+    [chosen] = focused.passages
+    alone = ask(engine, prompt([chosen]))
+    assert (alone.text, alone.stats.left_out) == (focused.text, 0)
+    assert {p.content for p in passages[:3]} > {chosen.content}
+
+
+def test_as_many_as_there_are_are_all_read(make_engine: Engines, passages: list[Passage]) -> None:
+    engine = make_engine(settings={"ratio": 4}, focus=Focus(3))
+    engine.precompute(passages[:3])
+    answer = ask(engine, prompt(passages[:3]))
+    assert (answer.stats.hits, answer.stats.left_out) == (3, 0)
+    assert [p.content for p in answer.passages] == [p.content for p in passages[:3]]
+
+
+def test_what_stands_between_passages_stays(make_engine: Engines, passages: list[Passage]) -> None:
+    """A label is text, which belongs to no passage; the first text stays the prefix."""
+    engine = make_engine(settings={"ratio": 4}, focus=Focus(1))
+    engine.precompute(passages[:3])
+    answer = ask(engine, prompt(passages[:3], "\n\nNext document:\n"))
+    plain = ask(engine, prompt(passages[:3], "\n\nNext document:\n"), gist_mode="off")
+    assert (answer.stats.hits, answer.stats.left_out) == (1, 2)
+    labels = 2 * len(engine.backbone.tokenize("\n\nNext document:\n"))
+    question = len(engine.backbone.tokenize(QUESTION))
+    assert answer.stats.text_tokens == pytest.approx(labels + question, abs=2)
+    assert answer.stats.cached_tokens == len(engine.backbone.tokenize("Documents:\n"))
+    assert plain.stats.left_out == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"focus": Focus(1)}, {"focus": Focus(1, apart=True)}, {"expand": Expand(ALWAYS)}],
+    ids=str,
+)
+def test_each_prompt_of_a_batch_for_itself(
+    make_engine: Engines, passages: list[Passage], options: dict[str, object]
+) -> None:
+    """Of different sizes; the last one has nothing to choose from."""
+    engine = make_engine(settings={"ratio": 4}, **options)
+    engine.precompute(passages[:4])
+    prompts = [prompt(passages[:2]), prompt(passages[1:4]), QUESTION]
+    together = engine.batch(prompts, Sampling(max_tokens=4))
+    alone = [engine.batch([p], Sampling(max_tokens=4))[0] for p in prompts]
+    assert [a.text for a in together] == [a.text for a in alone]
+    assert [[p.content for p in a.passages] for a in together] == [
+        [p.content for p in a.passages] for a in alone
+    ]
+    expected = [1, 2, 0] if "focus" in options else [1, 1, 0]
+    assert [a.stats.left_out + a.stats.expanded for a in together] == expected
+
+
+def test_a_sure_answer_is_read_from_gists(make_engine: Engines, passages: list[Passage]) -> None:
+    engine = make_engine(settings={"ratio": 4}, expand=Expand(NEVER))
+    engine.precompute(passages[:3])
+    answer = ask(engine, prompt(passages[:3]))
+    assert (answer.stats.hits, answer.stats.expanded) == (3, 0)
+
+
+@pytest.mark.parametrize("many", [1, 2, 9])
+def test_a_doubtful_one_reads_what_matters_as_text(
+    make_engine: Engines, passages: list[Passage], many: int
+) -> None:
+    engine = make_engine(settings={"ratio": 4}, expand=Expand(ALWAYS, many))
+    engine.precompute(passages[:3])
+    answer = ask(engine, prompt(passages[:3]))
+    assert answer.stats.expanded == min(many, 3)
+    assert answer.stats.hits == 3 - min(many, 3)
+    if many > 2:  # nothing is left as a gist
+        assert answer.text == ask(engine, prompt(passages[:3]), gist_mode="off").text
+
+
+def test_focus_first_and_then_expand(make_engine: Engines, passages: list[Passage]) -> None:
+    engine = make_engine(settings={"ratio": 4}, focus=Focus(2), expand=Expand(ALWAYS))
+    engine.precompute(passages[:3])
+    stats = ask(engine, prompt(passages[:3])).stats
+    assert (stats.hits, stats.left_out, stats.expanded) == (1, 1, 1)
+
+
+def test_passages_apart_answer_together(make_engine: Engines, passages: list[Passage]) -> None:
+    """Their order does not matter, and one alone is itself."""
+    engine = make_engine(settings={"ratio": 4}, focus=Focus(2, apart=True))
+    engine.precompute(passages[:3])
+    one, other = (ask(engine, prompt(p)) for p in (passages[:3], passages[2::-1]))
+    assert (one.stats.hits, one.stats.left_out) == (2, 1)
+    assert one.text == other.text
+    assert {p.content for p in one.passages} == {p.content for p in other.passages}
+    alone = ask(engine, prompt(passages[:1]))
+    assert (alone.stats.hits, alone.stats.left_out) == (1, 0)
+
+
+def test_one_passage_apart_is_one_passage(make_engine: Engines, passages: list[Passage]) -> None:
+    apart = make_engine(settings={"ratio": 4}, focus=Focus(1, apart=True))
+    together = make_engine(settings={"ratio": 4}, focus=Focus(1))
+    for engine in (apart, together):
+        engine.precompute(passages[:3])
+    assert ask(apart, prompt(passages[:3])).text == ask(together, prompt(passages[:3])).text
+
+
+def test_together_or_apart_but_not_both() -> None:
+    assert make_focus() is None
+    assert make_focus(2) == Focus(2) == make_focus(Focus(2))
+    assert make_focus(apart=3) == Focus(3, apart=True)
+    with pytest.raises(BadInput, match="give one of them"):
+        make_focus(2, 3)
