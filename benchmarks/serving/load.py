@@ -48,7 +48,6 @@ MODES = ("auto", "off")
 ALLOWED_MS = 50.0
 BEAT_S, LOOK_S = 0.01, 0.005
 GRACE_S = 300.0
-OURS = ("gist_rag", "langchain_gist_rag")
 PACKAGES = ("langchain-core", "llama-index-core", "numpy")
 
 
