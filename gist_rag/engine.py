@@ -76,6 +76,8 @@ PREFIXES = 32
 """Leading texts whose exact KV is kept in memory."""
 BATCH_ROWS = 16
 """Most prompts that are answered together because they were asked at the same time."""
+APART_ROWS = 4
+"""The same, where passages are read apart: each prompt then brings a row for each passage."""
 GATE_BOUND = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference between gist and plain logits, as a share of their range."""
 
@@ -163,7 +165,9 @@ class GistEngine:
         self._writing = threading.Lock()
         self._checked = False
         self._batcher = Batcher[Request, Answer](
-            self._answer, window_ms=batch_window_ms, max_size=BATCH_ROWS
+            self._answer,
+            window_ms=batch_window_ms,
+            max_size=APART_ROWS if focus is not None and focus.apart else BATCH_ROWS,
         )
         self._primer = Primer(self._without_gist, self.precompute)
 
