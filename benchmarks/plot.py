@@ -30,6 +30,7 @@ COLOURS = {
 
 
 ARM = re.compile(r"([^@:~+]+)(?:@([^:~+]+))?(?:([:~+])(\d+))?")
+MARKS = {"that matter": "s", "read apart": "--D", "read as text": "^", ", ": "--o"}
 HOW = {":": "that matter", "~": "read apart", "+": "read as text"}
 
 
@@ -41,7 +42,8 @@ def load(folder: str) -> list[dict[str, Any]]:
 def draw_quality(results: list[dict[str, Any]]) -> None:
     """Share of the text's benefit kept, against the ratio, for one and for several passages."""
     counts = sorted({r["meta"]["passages"] for r in results})
-    figure, axes = plt.subplots(1, len(counts), figsize=(4.6 * len(counts), 3.4), sharey=True)
+    size = (4.6 * len(counts), 3.7)
+    figure, axes = plt.subplots(1, len(counts), figsize=size, sharey=True, layout="constrained")
     for axis, count in zip([axes] if len(counts) == 1 else axes, counts, strict=True):
         lines: dict[str, list[tuple[float, float, float, float]]] = {}
         for result in (r for r in results if r["meta"]["passages"] == count):
@@ -58,7 +60,7 @@ def draw_quality(results: list[dict[str, Any]]) -> None:
         for label, points in sorted(lines.items()):
             ratios, kept, low, high = zip(*sorted(points), strict=True)
             colour = COLOURS[label.partition(",")[0]]
-            style = "--D" if ", " in label else "-o"
+            style = next((mark for words, mark in MARKS.items() if words in label), "-o")
             axis.plot(ratios, kept, style, color=colour, label=label, markersize=4)
             axis.fill_between(ratios, low, high, color=colour, alpha=0.12, linewidth=0)
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
@@ -66,29 +68,30 @@ def draw_quality(results: list[dict[str, Any]]) -> None:
         axis.set_xticks([2, 4, 8, 16, 32], ["2x", "4x", "8x", "16x", "32x"])
         axis.set_title(f"{count} passage{'s' if count > 1 else ''}", fontsize=10)
         axis.set_xlabel("compression ratio (tokens per slot)")
-    first, last = figure.axes[0], figure.axes[-1]
+    first = figure.axes[0]
     drawn = {line.get_label(): line for axis in figure.axes for line in axis.lines[:-1]}
     first.set_ylabel("share of the text's benefit kept (NLL)")
-    first.set_ylim(-0.6, 1.4)
-    last.legend(drawn.values(), drawn.keys(), fontsize=7, loc="lower right")
+    first.set_ylim(-0.1, 1.2)
+    figure.legend(drawn.values(), drawn.keys(), fontsize=7, loc="outside lower center", ncols=4)
     _save(figure, "quality.svg")
 
 
 def draw_ttft(result: dict[str, Any]) -> None:
     """Time to first token from text and from gists."""
     rows = result["results"]
-    figure, axis = plt.subplots(figsize=(4.6, 3.4))
+    figure, axis = plt.subplots(figsize=(4.6, 3.4), layout="constrained")
     counts = [row["passages"] for row in rows]
     axis.plot(counts, [r["ttft_text_ms"] / 1e3 for r in rows], "-o", color="#7d7d7d", label="text")
-    for field, speedup, label, style in (
-        ("ttft_apart_ms", "speedup_apart", "gists, read apart", "--D"),
-        ("ttft_gist_ms", "speedup", "gists", "-o"),
+    for field, speedup, label, style, above in (
+        ("ttft_apart_ms", "speedup_apart", "gists, read apart", "--D", 6),
+        ("ttft_gist_ms", "speedup", "gists", "-o", -12),
     ):
         seconds = [row[field] / 1e3 for row in rows]
         axis.plot(counts, seconds, style, color="#0b6e4f", label=label, markersize=4)
         for row, at in zip(rows, seconds, strict=True):
-            axis.annotate(f"{row[speedup]:.1f}x", (row["passages"], at), xytext=(0, 6),
+            axis.annotate(f"{row[speedup]:.1f}x", (row["passages"], at), xytext=(0, above),
                           textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
+    axis.set_ylim(bottom=-0.35)
     axis.set_xlabel("passages in the prompt")
     axis.set_ylabel("seconds to first token")
     axis.set_title(f"{result['meta']['model']}, {result['meta']['device']}", fontsize=8)
@@ -250,7 +253,6 @@ def _put(mark: str, *paragraphs: str) -> None:
 
 def _save(figure: Any, name: str) -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
     figure.savefig(IMAGES / name, metadata={"Date": None})
     plt.close(figure)
 
