@@ -157,13 +157,13 @@ def test_what_has_no_choice_is_read_in_one_pass(
     tiny_engine: GistEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone, sizes = tiny_engine.backbone, []
-    forward = backbone._forward
+    read = backbone._hidden
 
-    def counted(step: Any, num_logits: int) -> Any:
+    def counted(step: Any) -> Any:
         sizes.append(step.ids.shape[1])
-        return forward(step, num_logits)
+        return read(step)
 
-    monkeypatch.setattr(backbone, "_forward", counted)
+    monkeypatch.setattr(backbone, "_hidden", counted)
     fixed = "This sentence is given: "
     tiny_engine.check_model()
     sizes.clear()
