@@ -409,7 +409,7 @@ class Backbone:
         stream: list[Tensor] = []
         step = self._start(context, texts)
         with self.lock, _recorded(self.layers, stream):
-            self._forward(step, 1)
+            self._hidden(step)
         return torch.stack(stream), step.positions
 
     def logits(self, residual: Tensor) -> Tensor:
@@ -470,10 +470,11 @@ class Backbone:
         """``(B,)`` log-likelihoods of the ends of texts, from the last hidden states
         ``(B, Q, E)``; see ``open``."""
         sums = []
+        adapted, size = step.adapted.count_nonzero(1).tolist(), step.ids.shape[1]
         for row, text in enumerate(texts):
-            ids, size = step.ids[row], step.ids.shape[1]
+            ids = step.ids[row]
             first = size - min(counts[row], len(text.ids) - 1)
-            end = max(first, size - int(step.adapted[row].count_nonzero()))
+            end = max(first, size - adapted[row])
             logits = self.model.lm_head(hidden[row, first - 1 : end - 1]).float()
             sums.append(-nn.functional.cross_entropy(logits, ids[first:end], reduction="sum"))
         return torch.stack(sums)

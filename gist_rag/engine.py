@@ -8,16 +8,14 @@ The query path, word for word in ``GistEngine._run``:
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import tempfile
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -25,10 +23,9 @@ from typing import Any, Self, get_args
 import torch
 from torch import Tensor
 
-from gist_rag.attention import kernels_of
-from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
+from gist_rag.backbone import Backbone, Context, Local
 from gist_rag.batching import Batcher
-from gist_rag.compose import DEFAULT_POSITIONS, Placed, Positions, arrange, compose, place
+from gist_rag.compose import DEFAULT_POSITIONS, Positions, compose, place
 from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.compressors.full import Full
 from gist_rag.detokenize import TextStream
@@ -40,14 +37,23 @@ from gist_rag.errors import (
     StoreLocked,
     StoreWriteError,
 )
-from gist_rag.focus import Expand, Focus, log_likelihoods, make_focus
-from gist_rag.layout import Slots
+from gist_rag.focus import Expand, Focus, make_focus
 from gist_rag.matching import PassageMatcher
-from gist_rag.mixture import Mixture
 from gist_rag.models import DEFAULT_MODEL
 from gist_rag.modes import GistMode, OnMiss
+from gist_rag.opening import Opener, Plan
 from gist_rag.priming import Primer
-from gist_rag.prompt import SEARCHED, Known, Segment, Segments, Text, merge, split_messages
+from gist_rag.prompt import (
+    SEARCHED,
+    Known,
+    Segment,
+    Segments,
+    Text,
+    merge,
+    num_known,
+    split_messages,
+    split_text,
+)
 from gist_rag.reader import Reader, load_backbone
 from gist_rag.store import GistStore, pack, unpack
 from gist_rag.tools import ToolFormat, tool_format, with_instruction
@@ -72,8 +78,6 @@ Prompt = str | Sequence[Message] | Segments
 
 CORPUS_WINDOW = 512
 """Passages that are looked at together when batches are formed."""
-PREFIXES = 32
-"""Leading texts whose exact KV is kept in memory."""
 BATCH_ROWS = 16
 """Most prompts that are answered together because they were asked at the same time."""
 APART_ROWS = 4
@@ -160,8 +164,7 @@ class GistEngine:
         folder = self._scratch.name if self._scratch else store
         self.store = folder if isinstance(folder, GistStore) else GistStore.open(str(folder))
         self.space = self._space()
-        self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
-        self._lock = threading.Lock()
+        self._opener = Opener(backbone, positions, reader, focus, expand)
         self._writing = threading.Lock()
         self._checked = False
         self._batcher = Batcher[Request, Answer](
@@ -432,15 +435,8 @@ class GistEngine:
         if not alive:
             return
         segments, sampling = [segments[i] for i in alive], [requests[i].sampling for i in alive]
-        prompts = self._focus(segments, fetched.states)
-        clock.lap("focus_ms")
-        plans, slots, opened = self._open(prompts, fetched.states, sampling, clock)
-        doubtful = self._doubtful(plans, opened)
-        if doubtful:
-            prompts = self._expand(prompts, doubtful, fetched.states)
-            plans, slots, opened = self._open(prompts, fetched.states, sampling, clock)
-        kernels = "reference" if slots is None else kernels_of(slots)
-        steps = self.backbone.go_on(opened, sampling)
+        opening = self._opener.open(segments, fetched.states, sampling, clock.lap)
+        steps = self.backbone.go_on(opening.opened, sampling)
         going, stopped = dict(enumerate(alive)), None  # rows of the batch and their requests
         with closing(steps):
             while going:
@@ -457,120 +453,14 @@ class GistEngine:
                     ended |= {row for row, i in going.items() if rows[i].over}
                 for row in sorted(ended):
                     i = going.pop(row)
-                    stats = fetched.stats(i, plans[row], clock.times_in_all(), kernels)
-                    pieces.append((i, Chunk(*rows[i].finish(stats, plans[row].passages))))
+                    plan = opening.plans[row]
+                    stats = fetched.stats(i, plan, clock.times_in_all(), opening.kernels)
+                    passages = [self._passage(known) for known in plan.known]
+                    pieces.append((i, Chunk(*rows[i].finish(stats, passages))))
                 stopped = set(range(len(alive))) - going.keys()
                 yield pieces
 
     # ---- the steps of the query path
-
-    def _open(
-        self,
-        prompts: Sequence[_Chosen],
-        states: Mapping[str, GistState],
-        sampling: Sequence[Sampling],
-        clock: _Clock,
-    ) -> tuple[list[_Plan], Slots | None, Opened]:
-        """Compose prompts and read them up to the first token of their answers.
-
-        Where passages are read apart, all are read up to there, and those that matter go on.
-        """
-        rows = [[self._plan(s, states) for s in prompt.rows()] for prompt in prompts]
-        plans = [plan for one in rows for plan in one]
-        texts = [plan.text for plan in plans]
-        owner = [i for i, one in enumerate(rows) for _ in one]
-        self.backbone.check_window(texts, [sampling[i] for i in owner])
-        prefixes = [self._prefix(plan.prefix) for plan in plans]
-        slots = compose([plan.placed for plan in plans], self.backbone)
-        clock.lap("compose_ms")
-        ends = [len(self.backbone.tokenize(prompt.segments[-1].text)) for prompt in prompts]
-        opened = self.backbone.open(
-            Context(prefixes, slots),
-            texts,
-            self.reader,
-            counts=[ends[i] for i in owner] if len(plans) > len(prompts) else None,
-        )
-        if opened.likelihoods is not None:
-            slots, opened, rows = self._select(opened, rows)
-        joined = zip(rows, prompts, strict=True)
-        return [_Plan.joined(one, prompt) for one, prompt in joined], slots, opened
-
-    def _select(
-        self, opened: Opened, rows: Sequence[Sequence[_Plan]]
-    ) -> tuple[Slots | None, Opened, list[list[_Plan]]]:
-        """Go on with those of each prompt's rows that matter."""
-        assert self.focus is not None
-        assert opened.likelihoods is not None
-        kept: list[list[_Plan]] = []
-        places, weights, first = [], [], 0
-        for one, found in zip(rows, opened.likelihoods.split([*map(len, rows)]), strict=True):
-            chosen = sorted(self.focus.chosen(found))
-            kept.append([one[place] for place in chosen])
-            places += [first + place for place in chosen]
-            weights.append(found[chosen] / self.focus.temperature)
-            first += len(one)
-        slots = compose([plan.placed for one in kept for plan in one], self.backbone)
-        owner = [i for i, one in enumerate(kept) for _ in one]
-        return slots, opened.select(places, slots, Mixture(owner, torch.cat(weights))), kept
-
-    def _focus(
-        self, prompts: Sequence[list[Segment]], states: Mapping[str, GistState]
-    ) -> list[_Chosen]:
-        """What is to be read of prompts: all, or only what matters, or each passage apart."""
-        chosen, focus = [_Chosen(prompt) for prompt in prompts], self.focus
-        if focus is None:
-            return chosen
-        if focus.apart:
-            return [replace(c, apart=_num_known(c.segments) > 1) for c in chosen]
-        many = [i for i, prompt in enumerate(prompts) if _num_known(prompt) > focus.passages]
-        likelihoods = self._likelihoods([prompts[i] for i in many], states)
-        for i, found in zip(many, likelihoods, strict=True):
-            chosen[i] = _Chosen(_with_only(prompts[i], focus.chosen(found)))
-        return chosen
-
-    def _doubtful(self, plans: Sequence[_Plan], opened: Opened) -> list[int]:
-        """Prompts whose gists leave a doubt."""
-        if self.expand is None:
-            return []
-        doubts = enumerate(self.expand.doubtful(opened))
-        return [i for i, doubt in doubts if doubt and plans[i].placed]
-
-    def _expand(
-        self, prompts: Sequence[_Chosen], doubtful: Sequence[int], states: Mapping[str, GistState]
-    ) -> list[_Chosen]:
-        """Prompts with what matters as text where there is doubt. It is read with the others, or,
-        where these would be apart, without them."""
-        assert self.expand is not None
-        chosen = list(prompts)
-        likelihoods = self._likelihoods([prompts[i].segments for i in doubtful], states)
-        for i, found in zip(doubtful, likelihoods, strict=True):
-            places, segments = self.expand.chosen(found), prompts[i].segments
-            if prompts[i].apart:
-                segments, places = _with_only(segments, places), list(range(len(places)))
-            chosen[i] = _Chosen(_as_text(segments, places), expanded=len(places))
-        return chosen
-
-    def _likelihoods(
-        self, prompts: Sequence[Sequence[Segment]], states: Mapping[str, GistState]
-    ) -> Sequence[Tensor]:
-        """Per prompt and passage ``(P,)``, how likely it alone makes what follows all passages."""
-        sizes = [_num_known(prompt) for prompt in prompts]
-        if not sum(sizes):
-            return []
-        alone = [
-            self._plan(_with_only(prompt, [place]), states)
-            for prompt, size in zip(prompts, sizes, strict=True)
-            for place in range(size)
-        ]
-        counts = torch.tensor([len(self.backbone.tokenize(prompt[-1].text)) for prompt in prompts])
-        found = log_likelihoods(
-            self.backbone,
-            [self._prefix(plan.prefix) for plan in alone],
-            [plan.placed for plan in alone],
-            [plan.text for plan in alone],
-            counts.repeat_interleave(torch.tensor(sizes)).tolist(),
-        )
-        return list(found.split(sizes))
 
     def segments(
         self, prompt: Prompt, gist_mode: GistMode = "auto", tools: Sequence[Any] | None = None
@@ -588,7 +478,7 @@ class GistEngine:
             prompt = self.in_words(prompt)
         find = (lambda text: []) if gist_mode in ("off", "text") else self.matcher.find
         if isinstance(prompt, str):
-            return _split_text(prompt, find(prompt))
+            return split_text(prompt, find(prompt))
         if isinstance(prompt[0], Text | Known):
             return list(prompt)  # type: ignore[arg-type]
         messages: list[Message] = list(prompt)  # type: ignore[arg-type]
@@ -603,13 +493,13 @@ class GistEngine:
         A passage stays as it is where its gist has no words.
         """
         if isinstance(prompt, str):
-            return self._in_words([_split_text(prompt, self.matcher.find(prompt))])[0]
+            return self._in_words([split_text(prompt, self.matcher.find(prompt))])[0]
         if prompt and isinstance(prompt[0], Text | Known):
             return [Text(text) for text in self._in_words([prompt])]  # type: ignore[list-item]
         messages: list[Message] = [message.copy() for message in prompt]  # type: ignore[union-attr]
         searched = [message for message in messages if message["role"] in SEARCHED]
         texts = [message["content"] for message in searched]
-        split = [_split_text(text, self.matcher.find(text)) for text in texts]
+        split = [split_text(text, self.matcher.find(text)) for text in texts]
         for message, text in zip(searched, self._in_words(split), strict=True):
             message["content"] = text
         return messages
@@ -651,7 +541,7 @@ class GistEngine:
     ) -> int:
         """Positions that a prompt takes: tokens of its text and slots of its gists."""
         [segments], fetched = self._fetch([self.segments(prompt, gist_mode, tools)], [gist_mode])
-        return fetched.stats(0, self._plan(segments, fetched.states), {}).input_tokens
+        return fetched.stats(0, self._opener.plan(segments, fetched.states), {}).input_tokens
 
     @property
     def matcher(self) -> PassageMatcher:
@@ -688,8 +578,8 @@ class GistEngine:
             merge(s if isinstance(s, Text) or s.content in states else Text(s.text) for s in prompt)
             for prompt in prompts
         ]
-        found = [_num_known(after) for after in texts]
-        missed = [_num_known(before) - n for before, n in zip(given, found, strict=True)]
+        found = [num_known(after) for after in texts]
+        missed = [num_known(before) - n for before, n in zip(given, found, strict=True)]
         return texts, _Fetched(states, sizes, found, missed)
 
     def _heal(self, contents: set[str]) -> dict[str, PackedState]:
@@ -711,40 +601,8 @@ class GistEngine:
         found = zip(keys, self.store.fetch(keys), strict=True)
         return {key.content: state for key, state in found if state is not None}
 
-    def _plan(self, segments: Sequence[Segment], states: Mapping[str, GistState]) -> _Plan:
-        """Positions of everything in one prompt.
-
-        The first text is the prefix. Passages with nothing but whitespace between them stand side
-        by side; that whitespace is left out. Other text is read in one pass at the end, each piece
-        seeing the passages before it.
-        """
-        first = int(isinstance(segments[0], Text) and _num_known(segments) > 0)
-        prefix = self.backbone.tokenize("".join(s.text for s in segments[:first]))
-        following = _without_gaps(segments[first:])
-        pieces = [
-            states[s.content] if isinstance(s, Known) else self.backbone.tokenize(s.text)
-            for s in following
-        ]
-        placed, text = arrange(pieces, len(prefix), self.positions)
-        passages = [self._passage(s) for s in following if isinstance(s, Known)]
-        return _Plan(prefix, placed, passages, text)
-
     def _passage(self, known: Known) -> Passage:
         return self.store.passage(known.content) or Passage(known.text)
-
-    def _prefix(self, input_ids: Tensor) -> Prefix:
-        """Exact KV of a leading text, from memory when it was read before."""
-        key = tuple(input_ids.tolist())
-        with self._lock:
-            if (known := self._prefixes.get(key)) is not None:
-                self._prefixes.move_to_end(key)
-                return known
-        prefix = self.backbone.prefix(input_ids)
-        with self._lock:
-            self._prefixes[key] = prefix
-            if len(self._prefixes) > PREFIXES:
-                self._prefixes.popitem(last=False)
-        return prefix
 
     def _decode_tokens(self, tokens: list[int]) -> str:
         text: str = self.backbone.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -795,48 +653,6 @@ class GistEngine:
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    """What is to be read of a prompt.
-
-    Attributes:
-        apart: whether each of its passages is read by itself.
-        expanded: how many of its passages are text by now.
-    """
-
-    segments: list[Segment]
-    apart: bool = False
-    expanded: int = 0
-
-    def rows(self) -> list[list[Segment]]:
-        """Prompts for the model."""
-        if not self.apart:
-            return [self.segments]
-        return [_with_only(self.segments, [place]) for place in range(_num_known(self.segments))]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """One prompt, ready to be composed and read."""
-
-    prefix: Tensor
-    placed: list[Placed]
-    passages: list[Passage]
-    text: Local
-    expanded: int = 0
-
-    @classmethod
-    def joined(cls, plans: Sequence[_Plan], prompt: _Chosen) -> _Plan:
-        """Of a prompt whose passages have been read apart, or together."""
-        return cls(
-            plans[0].prefix,
-            [p for plan in plans for p in plan.placed],
-            [p for plan in plans for p in plan.passages],
-            Local.join([plan.text for plan in plans]),
-            prompt.expanded,
-        )
-
-
-@dataclass(frozen=True)
 class _Fetched:
     """Gists of a batch by content, their sizes in bytes, and per prompt how many were found or
     missed."""
@@ -849,11 +665,11 @@ class _Fetched:
     def stats(
         self,
         prompt: int,
-        plan: _Plan,
+        plan: Plan,
         times: Mapping[str, float],
         kernels: str = "reference",
     ) -> Stats:
-        contents = [p.content for p in plan.passages]
+        contents = [known.content for known in plan.known]
         return Stats(
             hits=len(contents),
             misses=self.missed[prompt],
@@ -924,19 +740,6 @@ class _Clock:
         return {**self.times, "total_ms": (time.perf_counter() - self._start) * 1e3}
 
 
-def _split_text(prompt: str, matches: Sequence[Any]) -> list[Segment]:
-    """A raw prompt split around its known passages."""
-    segments: list[Segment] = []
-    at = 0
-    for match in matches:
-        segments += [
-            Text(prompt[at : match.start]),
-            Known(match.content, prompt[match.start : match.end]),
-        ]
-        at = match.end
-    return merge([*segments, Text(prompt[at:])])
-
-
 def _texts(prompt: str | Sequence[Message]) -> tuple[list[str], list[str]]:
     """The texts of a prompt in which passages are looked for, and the others."""
     if isinstance(prompt, str):
@@ -946,40 +749,3 @@ def _texts(prompt: str | Sequence[Message]) -> tuple[list[str], list[str]]:
     for message in prompt:
         (read if message["role"] in SEARCHED else said).append(message["content"])
     return read, said
-
-
-def _num_known(segments: Sequence[Segment]) -> int:
-    return sum(isinstance(s, Known) for s in segments)
-
-
-def _with_only(segments: Sequence[Segment], places: Collection[int]) -> list[Segment]:
-    """With some of the known passages, counted from 0. With each other one goes the whitespace
-    before it, or else behind it. Texts stay apart, so that a prompt's first one does not change."""
-    known = [i for i, s in enumerate(segments) if isinstance(s, Known)]
-    gone = {i for place, i in enumerate(known) if place not in places}
-    for i in sorted(gone):
-        for gap in (i - 1, i + 1):
-            inside = 0 < gap < len(segments) - 1 and gap not in gone
-            if inside and not segments[gap].text.strip():
-                gone.add(gap)
-                break
-    return [s for i, s in enumerate(segments) if i not in gone]
-
-
-def _as_text(segments: Sequence[Segment], places: Collection[int]) -> list[Segment]:
-    """With some of the known passages, counted from 0, as text."""
-    count = itertools.count()
-    return merge(
-        Text(s.text) if isinstance(s, Known) and next(count) in places else s for s in segments
-    )
-
-
-def _without_gaps(segments: Sequence[Segment]) -> list[Segment]:
-    """Without what stands between neighbouring passages, where that is whitespace."""
-    kept = []
-    for i, segment in enumerate(segments):
-        beside = segments[max(0, i - 1) : i + 2 : 2]
-        between = len(beside) == 2 and all(isinstance(s, Known) for s in beside)
-        if isinstance(segment, Known) or segment.text.strip() or not between:
-            kept.append(segment)
-    return kept

@@ -54,9 +54,21 @@ class Focus:
             )
 
     def chosen(self, likelihoods: Tensor) -> list[int]:
-        """Places of the passages to be read, of ``likelihoods`` ``(P,)``."""
+        """Places of the passages to be read, of ``likelihoods`` ``(P,)``, in prompt order."""
         near = likelihoods >= likelihoods.max() - self.margin
-        return [place for place in _best(likelihoods, self.passages) if near[place]]
+        return sorted(place for place in best(likelihoods, self.passages) if near[place])
+
+    def candidates(self, count: int) -> list[list[int]]:
+        """Readings of ``count`` passages from which ``readings`` chooses, as their places."""
+        return [[place] for place in range(count)]
+
+    def readings(self, likelihoods: Tensor) -> tuple[list[list[int]], Tensor]:
+        """Which passages are read together, for each reading of a prompt, and the log-weights
+        ``(R,)`` with which these answer (``mixture.Mixture``)."""
+        places = self.chosen(likelihoods)
+        if not self.apart:
+            return [places], likelihoods.new_zeros(1)
+        return [[place] for place in places], likelihoods[places] / self.temperature
 
 
 def make_focus(focus: Focus | int | None = None, apart: int | None = None) -> Focus | None:
@@ -91,10 +103,11 @@ class Expand:
 
     def chosen(self, likelihoods: Tensor) -> list[int]:
         """Places of the passages to be read as text, of ``likelihoods`` ``(P,)``."""
-        return _best(likelihoods, self.passages)
+        return best(likelihoods, self.passages)
 
 
-def _best(likelihoods: Tensor, count: int) -> list[int]:
+def best(likelihoods: Tensor, count: int) -> list[int]:
+    """Places of the likeliest, the best first."""
     places: list[int] = likelihoods.topk(min(count, len(likelihoods))).indices.tolist()
     return places
 

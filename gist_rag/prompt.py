@@ -10,6 +10,7 @@ a passage that the template altered (say, redacted): its gist would tell what th
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -110,6 +111,54 @@ def merge(segments: Iterable[Segment]) -> list[Segment]:
 def render_plain(segments: Iterable[Segment]) -> str:
     """The prompt with every passage as text."""
     return "".join(segment.text for segment in segments)
+
+
+def split_text(prompt: str, found: Iterable[Found]) -> list[Segment]:
+    """A raw prompt split around its known passages."""
+    segments: list[Segment] = []
+    at = 0
+    for match in found:
+        passage = Known(match.content, prompt[match.start : match.end])
+        segments += Text(prompt[at : match.start]), passage
+        at = match.end
+    return merge([*segments, Text(prompt[at:])])
+
+
+def num_known(segments: Iterable[Segment]) -> int:
+    return sum(isinstance(s, Known) for s in segments)
+
+
+def with_only(segments: Segments, places: Collection[int]) -> list[Segment]:
+    """With some of the known passages, counted from 0. With each other one goes the whitespace
+    before it, or else behind it. Texts stay apart, so that a prompt's first one does not change."""
+    known = [i for i, s in enumerate(segments) if isinstance(s, Known)]
+    gone = {i for place, i in enumerate(known) if place not in places}
+    for i in sorted(gone):
+        for gap in (i - 1, i + 1):
+            inside = 0 < gap < len(segments) - 1 and gap not in gone
+            if inside and not segments[gap].text.strip():
+                gone.add(gap)
+                break
+    return [s for i, s in enumerate(segments) if i not in gone]
+
+
+def as_text(segments: Segments, places: Collection[int]) -> list[Segment]:
+    """With some of the known passages, counted from 0, as text."""
+    count = itertools.count()
+    return merge(
+        Text(s.text) if isinstance(s, Known) and next(count) in places else s for s in segments
+    )
+
+
+def without_gaps(segments: Segments) -> list[Segment]:
+    """Without what stands between neighbouring passages, where that is whitespace."""
+    kept = []
+    for i, segment in enumerate(segments):
+        beside = segments[max(0, i - 1) : i + 2 : 2]
+        between = len(beside) == 2 and all(isinstance(s, Known) for s in beside)
+        if isinstance(segment, Known) or segment.text.strip() or not between:
+            kept.append(segment)
+    return kept
 
 
 RAG_DOCUMENTS = (

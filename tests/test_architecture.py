@@ -124,11 +124,26 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
             }
         ),
     ),
-    "gist_rag.engine": (
+    "gist_rag.opening": (
         8,
         frozenset(
             {
                 "gist_rag.attention",
+                "gist_rag.backbone",
+                "gist_rag.compose",
+                "gist_rag.focus",
+                "gist_rag.layout",
+                "gist_rag.mixture",
+                "gist_rag.prompt",
+                "gist_rag.reader",
+                "gist_rag.types",
+            }
+        ),
+    ),
+    "gist_rag.engine": (
+        9,
+        frozenset(
+            {
                 "gist_rag.backbone",
                 "gist_rag.batching",
                 "gist_rag.compose",
@@ -136,11 +151,10 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.detokenize",
                 "gist_rag.errors",
                 "gist_rag.focus",
-                "gist_rag.layout",
                 "gist_rag.matching",
-                "gist_rag.mixture",
                 "gist_rag.models",
                 "gist_rag.modes",
+                "gist_rag.opening",
                 "gist_rag.reader",
                 "gist_rag.priming",
                 "gist_rag.prompt",
@@ -151,7 +165,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
         ),
     ),
     "gist_rag.rag": (
-        9,
+        10,
         frozenset(
             {
                 "gist_rag.engine",
@@ -165,7 +179,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
         ),
     ),
     "gist_rag.evaluate": (
-        9,
+        10,
         frozenset(
             {
                 "gist_rag.backbone",
@@ -188,11 +202,11 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
             }
         ),
     ),
-    "gist_rag": (10, frozenset()),
-    "langchain_gist_rag": (11, frozenset({"gist_rag", "gist_rag.PUBLIC"})),
-    "llama_index.llms.gist_rag": (11, frozenset({"gist_rag", "gist_rag.PUBLIC"})),
-    "gist_rag.demo": (12, frozenset({"*"})),
-    "gist_rag.cli": (13, frozenset({"*"})),
+    "gist_rag": (11, frozenset()),
+    "langchain_gist_rag": (12, frozenset({"gist_rag", "gist_rag.PUBLIC"})),
+    "llama_index.llms.gist_rag": (12, frozenset({"gist_rag", "gist_rag.PUBLIC"})),
+    "gist_rag.demo": (13, frozenset({"*"})),
+    "gist_rag.cli": (14, frozenset({"*"})),
 }
 PUBLIC = {
     "gist_rag.aio",

@@ -79,9 +79,9 @@ def test_what_an_adapter_reads_is_not_judged(backbone: Backbone) -> None:
     ("focus", "chosen"),
     [
         (Focus(1), [3]),
-        (Focus(3), [3, 0, 2]),
-        (Focus(9), [3, 0, 2, 1]),
-        (Focus(9, margin=2.0), [3, 0]),
+        (Focus(3), [0, 2, 3]),
+        (Focus(9), [0, 1, 2, 3]),
+        (Focus(9, margin=2.0), [0, 3]),
         (Focus(1, margin=0.0), [3]),
     ],
     ids=str,

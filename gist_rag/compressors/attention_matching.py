@@ -12,15 +12,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gist_rag.backbone import Context, Local, Prefix
-from gist_rag.compose import Placed, compose
 from gist_rag.compressors.base import Compressor, CompressorConfig, best_slots
+from gist_rag.compressors.repeat import Repeat, Repeater, Target
 from gist_rag.losses import distill
-from gist_rag.prompt import framing
 from gist_rag.types import GistState
 from gist_rag_kernels import fit_slots, kept_groups, rotate, score_keys
 
-REPEAT = "\n\nRepeat the text above."
 REFINE_STEPS = {"fast": 0, "balanced": 0, "thorough": 30, "best": 10}
 REFINE_LR = {"heads": 0.06, "model": 0.01}
 STREAM_WEIGHT = 5.0
@@ -105,60 +102,30 @@ class AttentionMatching(Compressor):
 
     def finish(self, states: list[GistState], passages: Sequence[Tensor]) -> list[GistState]:
         with torch.no_grad():
-            repeat = self._repeat(states, passages)
+            repeat = self._repeater(states, passages)
             matched = [self._match(repeat, row, state) for row, state in enumerate(states)]
         if self.config.refine == "model" and self.config.steps:
             return self._imitate(matched, repeat)
         return matched
 
-    def _repeat(self, states: Sequence[GistState], passages: Sequence[Tensor]) -> _Repeat:
-        """One pass in which the model repeats each passage from its own uncompressed KV."""
-        texts = [
-            Local.after(torch.cat((self._question, ids)), len(self._prefix) + state.span, 1)
-            for ids, state in zip(passages, states, strict=True)
-        ]
-        context = self._context(states)
-        hidden, positions = self.backbone.trace(context, texts)
-        return _Repeat(
-            context=context,
-            texts=texts,
-            num_tokens=[len(ids) for ids in passages],
-            queries=self.backbone.project_queries(hidden[:-1], positions),
-            hidden=hidden,
-        )
-
     @cached_property
-    def _prefix(self) -> Prefix:
-        before, _ = framing(REPEAT, self.backbone.render)
-        return self.backbone.prefix(self.backbone.tokenize(before))
-
-    @cached_property
-    def _question(self) -> Tensor:
-        _, after = framing(REPEAT, self.backbone.render)
-        return self.backbone.tokenize(after)
-
-    def _context(self, states: Sequence[GistState]) -> Context:
-        """Each state alone after the prefix."""
-        slots = compose([[Placed(s, len(self._prefix))] for s in states], self.backbone)
-        return Context([self._prefix] * len(states), slots)
+    def _repeater(self) -> Repeater:
+        return Repeater(self.backbone)
 
     @property
     def max_tokens(self) -> int:
-        framing = len(self._prefix) + len(self._question)
+        framing = len(self._repeater.prefix) + len(self._repeater.question)
         return (self.backbone.max_positions - framing) // 2
 
-    def _match(self, repeat: _Repeat, row: int, full: GistState) -> GistState:
+    def _match(self, repeat: Repeat, row: int, full: GistState) -> GistState:
         """Select and fit the slots of one passage."""
         scaling = self.backbone.scaling
-        queries, keys = repeat.asked(row), repeat.keys(row, self.backbone.num_layers)
-        prefix_keys, prefix_values = (
-            x.flatten(0, 1).float() for x in (self._prefix.keys, self._prefix.values)
-        )
+        queries, (keys, values) = repeat.asked(row), repeat.kv(row)
+        prefix_keys, prefix_values = repeat.prefix_kv
         scores, share = score_keys(queries, prefix_keys, keys, scaling, self.config.score)
         pools = {"global": 1, "layer": self.backbone.num_layers, "head": len(scores)}
         keep = best_slots(scores, self.config.ratio, pools[self.config.budget])
         plain = full.keys.float().view_as(keys)  # before RoPE
-        values = full.values.float().view_as(keys)
         kept = Kept(plain[keep], values[keep], full.bias.new_zeros(int(keep.sum())))
         offsets = keep.nonzero()[:, 1]
         if self.config.preset != "fast":
@@ -172,7 +139,7 @@ class AttentionMatching(Compressor):
                 (prefix_keys, prefix_values),
                 (keys, values),
             )
-            rotary = self.backbone.rotary(offsets + len(self._prefix))
+            rotary = self.backbone.rotary(offsets + len(repeat.prefix))
             kept = refine(kept, keep, target, rotary, self.config.steps, self.config.lr)
         return replace(
             full.select(keep.flatten()),
@@ -181,7 +148,7 @@ class AttentionMatching(Compressor):
             bias=kept.bias,
         )
 
-    def _imitate(self, states: list[GistState], repeat: _Repeat) -> list[GistState]:
+    def _imitate(self, states: list[GistState], repeat: Repeat) -> list[GistState]:
         """Refine through the model: repeat the passage from the slots as from the whole KV."""
         backbone, rows = self.backbone, max(repeat.num_tokens) + 1
         weight = torch.zeros(len(states), rows - 1, device=backbone.device)
@@ -202,7 +169,7 @@ class AttentionMatching(Compressor):
             free = [x.requires_grad_() for x in kept]
             adam = torch.optim.Adam(free, lr=self.config.lr)
             for _ in range(self.config.steps):
-                context = self._context(_with(states, free, sizes))
+                context = self._repeater.context(_with(states, free, sizes))
                 with backbone.recording() as stream:
                     student = backbone.read(context, repeat.texts, num_logits=rows)[:, :-1]
                 streams = torch.stack(stream[1:])[:, :, -rows:-1].float()
@@ -215,38 +182,6 @@ class AttentionMatching(Compressor):
 
 
 @dataclass(frozen=True)
-class _Repeat:
-    """The repeat pass of a batch.
-
-    Attributes:
-        context: prefix and uncompressed passages.
-        texts: instruction and passage, ``Q_b`` tokens each.
-        num_tokens: passage tokens of each row.
-        queries: ``(L, B, H, G * Q, D)``, left-padded.
-        hidden: ``(L + 1, B, Q, E)`` residual streams.
-    """
-
-    context: Context
-    texts: list[Local]
-    num_tokens: list[int]
-    queries: Tensor
-    hidden: Tensor
-
-    def asked(self, row: int) -> Tensor:
-        """Queries ``(L * H, G * Q_b, D)`` of one passage without padding."""
-        longest, own = max(len(t.ids) for t in self.texts), len(self.texts[row].ids)
-        grouped = self.queries[:, row].unflatten(2, (-1, longest))  # (L, H, G, Q, D)
-        queries: Tensor = grouped[:, :, :, longest - own :].flatten(2, 3).flatten(0, 1)
-        return queries
-
-    def keys(self, row: int, layers: int) -> Tensor:
-        """Keys ``(L * H, T, D)`` of one passage where the repeat pass saw them."""
-        assert self.context.slots is not None
-        keys = torch.stack([self.context.slots.layer(i)[0][row] for i in range(layers)])
-        return keys[:, :, : self.num_tokens[row]].flatten(0, 1).float()
-
-
-@dataclass(frozen=True)
 class Kept:
     """The kept slots of all heads in (row, token) order: keys before RoPE and values ``(m, D)``,
     log-masses ``(m,)``."""
@@ -254,38 +189,6 @@ class Kept:
     keys: Tensor
     values: Tensor
     bias: Tensor
-
-
-@dataclass(frozen=True)
-class Target:
-    """What reading prefix and whole passage gives, for some queries of every row.
-
-    Attributes:
-        queries: ``(R, Q, D)`` after RoPE, scaled.
-        prefix_mass: ``(R, Q, 1)`` log of the prefix's summed exponentials.
-        output: ``(R, Q, D + 1)`` the passage's part of the output, and its share of the attention
-            times ``distance``.
-        distance: ``(R, 1, 1)`` between the outputs of prefix and passage, RMS over queries.
-    """
-
-    queries: Tensor
-    prefix_mass: Tensor
-    output: Tensor
-    distance: Tensor
-
-    @classmethod
-    def of(
-        cls, queries: Tensor, prefix: tuple[Tensor, Tensor], passage: tuple[Tensor, Tensor]
-    ) -> Target:
-        """From keys after RoPE and values ``(R, *, D)`` of prefix and passage."""
-        before, logits = queries @ prefix[0].transpose(1, 2), queries @ passage[0].transpose(1, 2)
-        attention = torch.cat((before, logits), -1).softmax(-1)
-        outside, inside = attention.split((before.shape[-1], logits.shape[-1]), dim=-1)
-        share, output = inside.sum(-1, keepdim=True), inside @ passage[1]
-        apart = outside @ prefix[1] / (1 - share).clamp_min(1e-6) - output / share.clamp_min(1e-6)
-        distance = apart.square().sum(-1).mean(1).sqrt()[:, None, None]
-        mass = before.logsumexp(-1, keepdim=True)
-        return cls(queries, mass, torch.cat((output, share * distance), -1), distance)
 
 
 def refine(
@@ -302,19 +205,16 @@ def refine(
     out = Kept(kept.keys.clone(), kept.values.clone(), kept.bias.clone())
     for rows, index, real in kept_groups(keep, lambda size: target.queries.shape[1] * size):
         at = place[rows].gather(1, index).clamp_min(0)  # (r, n)
-        queries, output = target.queries[rows], target.output[rows]
+        some = target.rows(rows)
         cos, sin = (x[at] for x in rotary)
-        padding = torch.where(real, 0.0, -torch.inf)[:, None]
-        distance = target.distance[rows].expand(-1, at.shape[1], 1)
+        padding = torch.where(real, 0.0, -torch.inf)
         free = [x[at].requires_grad_() for x in (kept.keys, kept.values, kept.bias)]
         keys, values, bias = free
         adam = torch.optim.Adam(free, lr=lr, betas=(0.9, 0.99))
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
         with torch.enable_grad():
             for _ in range(steps):
-                logits = queries @ rotate(keys, cos, sin).transpose(1, 2) + bias[:, None] + padding
-                read = torch.cat((target.prefix_mass[rows], logits), -1).softmax(-1)[..., 1:]
-                error = (read @ torch.cat((values, distance), -1) - output).square().sum()
+                error = some.error(rotate(keys, cos, sin), values, bias + padding).sum()
                 adam.zero_grad()
                 error.backward()
                 adam.step()

@@ -19,6 +19,8 @@ from gist_rag.backbone import Backbone, Context
 from gist_rag.compose import arrange, compose
 from gist_rag.compressors import Compressor, make_compressor
 from gist_rag.compressors.base import Lesson
+from gist_rag.compressors.full import Full
+from gist_rag.compressors.repeat import Repeater
 from gist_rag.errors import BadInput
 from gist_rag.losses import cross_entropy
 from gist_rag.reader import Reader
@@ -26,6 +28,12 @@ from gist_rag.train.config import READER, TrainConfig
 from gist_rag.train.data import Example
 from gist_rag.train.traces import THOUGHT_END
 from gist_rag.types import GistState, Message
+
+MATCH = "match"
+"""The loss term of ``GistStudent`` that no method has of its own: ``Repeater.error``. A run asks for
+it by giving it a weight."""
+MATCH_QUERIES = 96
+"""Queries of each KV head that it looks at."""
 
 
 class Student(nn.Module):
@@ -107,6 +115,7 @@ class GistStudent(Student):
         if not list(self.compressor.parameters()):
             raise BadInput(f"{config.method} has nothing to train")
         self.weights = {**self.compressor.loss_weights, **config.weights}
+        self._full, self._repeater = Full(backbone), Repeater(backbone)
 
     def forward(self, examples: Sequence[Example], ratio: float) -> dict[str, Tensor]:
         compressor, backbone = self.compressor, self.backbone
@@ -126,21 +135,27 @@ class GistStudent(Student):
         student = self._read(examples, answers, dict(zip(texts, states, strict=True)))
 
         device = student.device
-        return _weighted(
-            compressor.losses(
-                Lesson(
-                    passages=passages,
-                    hidden=hidden,
-                    states=states,
-                    student=student,
-                    teacher=teacher,
-                    targets=torch.cat(answers).to(device),
-                    weights=_equal_weights(answers).to(device),
-                    closed=closed,
-                )
-            ),
-            self.weights,
+        terms = compressor.losses(
+            Lesson(
+                passages=passages,
+                hidden=hidden,
+                states=states,
+                student=student,
+                teacher=teacher,
+                targets=torch.cat(answers).to(device),
+                weights=_equal_weights(answers).to(device),
+                closed=closed,
+            )
         )
+        if MATCH in self.weights:
+            terms[MATCH] = self._match(passages, states)
+        return _weighted(terms, self.weights)
+
+    def _match(self, passages: Sequence[Tensor], states: Sequence[GistState]) -> Tensor:
+        """How far the gists are from the whole passages for each head that repeats these."""
+        with torch.no_grad():
+            repeat = self._repeater(self._full.compress(passages), passages)
+        return self._repeater.error(repeat, states, MATCH_QUERIES)
 
     def groups(self) -> list[dict[str, object]]:
         embeddings = {id(self.compressor.embeddings())}

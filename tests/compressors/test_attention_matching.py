@@ -12,11 +12,10 @@ from gist_rag.compressors import make_compressor
 from gist_rag.compressors.attention_matching import (
     MAX_MASS,
     MIN_MASS,
-    REPEAT,
     Kept,
-    Target,
     refine,
 )
+from gist_rag.compressors.repeat import REPEAT, Target
 from gist_rag.losses import distill
 from gist_rag.types import GistState, Passage
 from gist_rag_kernels import fit_slots, rotate

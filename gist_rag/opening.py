@@ -1,0 +1,308 @@
+"""From segments to an answer's first token.
+
+    segments > which passages are read, and how > one or several rows > positions > compose > read
+
+A prompt is one row of the batch that the model reads, or several where passages are read apart.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from gist_rag.attention import kernels_of
+from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
+from gist_rag.compose import Placed, Positions, arrange, compose
+from gist_rag.focus import Expand, Focus, log_likelihoods
+from gist_rag.layout import Slots
+from gist_rag.mixture import Mixture
+from gist_rag.prompt import Known, Segment, Text, as_text, num_known, with_only, without_gaps
+from gist_rag.reader import Reader
+from gist_rag.types import GistState, Sampling
+
+PREFIXES = 32
+"""Leading texts whose exact KV is kept in memory."""
+
+States = Mapping[str, GistState]
+"""Gists by the content key of their passage."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row, ready to be composed and read.
+
+    Attributes:
+        prefix: token ids before everything else.
+        known: the passages, in the order of ``placed``.
+        end: tokens of the text behind the last passage.
+        expanded: passages that stand in ``text`` although they have gists.
+    """
+
+    prefix: Tensor
+    placed: list[Placed]
+    known: list[Known]
+    text: Local
+    end: int
+    expanded: int = 0
+
+    @classmethod
+    def joined(cls, rows: Sequence[Self], expanded: int) -> Self:
+        """Of a prompt, from its rows."""
+        return cls(
+            rows[0].prefix,
+            [p for row in rows for p in row.placed],
+            [k for row in rows for k in row.known],
+            Local.join([row.text for row in rows]),
+            rows[0].end,
+            expanded,
+        )
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Prompts that have been read up to their first tokens.
+
+    Attributes:
+        plans: what was read of each prompt.
+        kernels: which kernels read the gists.
+    """
+
+    plans: list[Plan]
+    opened: Opened
+    kernels: str
+
+
+class Opener:
+    """Reads prompts. Safe to share by threads.
+
+    Args:
+        positions, reader, focus, expand: see ``engine.GistEngine``.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        positions: Positions,
+        reader: Reader | None = None,
+        focus: Focus | None = None,
+        expand: Expand | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.positions = positions
+        self.reader = reader
+        self.focus = focus
+        self.expand = expand
+        self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def open(
+        self,
+        prompts: Sequence[Sequence[Segment]],
+        states: States,
+        sampling: Sequence[Sampling],
+        lap: Callable[[str], None] = lambda name: None,
+    ) -> Opening:
+        """Read prompts up to the first token of their answers.
+
+        Args:
+            states: gists of all known passages.
+            lap: told when passages have been chosen (``focus_ms``) and composed (``compose_ms``).
+
+        Raises:
+            ContextOverflow: a prompt with its answer needs more positions than the model has.
+        """
+        chosen = self._choose(prompts, states)
+        lap("focus_ms")
+        chosen, opening = self._open(chosen, states, sampling, lap)
+        if doubtful := self._doubtful(opening):
+            chosen = self._expanded(chosen, doubtful, states)
+            _, opening = self._open(chosen, states, sampling, lap)
+        return opening
+
+    def plan(self, segments: Sequence[Segment], states: States) -> Plan:
+        """Positions of everything in one row.
+
+        The first text is the prefix. Passages with nothing but whitespace between them stand side
+        by side; that whitespace is left out. Other text is read in one pass at the end, each piece
+        seeing the passages before it.
+        """
+        first = int(isinstance(segments[0], Text) and num_known(segments) > 0)
+        prefix = self.backbone.tokenize("".join(s.text for s in segments[:first]))
+        following = without_gaps(segments[first:])
+        pieces = [
+            states[s.content] if isinstance(s, Known) else self.backbone.tokenize(s.text)
+            for s in following
+        ]
+        placed, text = arrange(pieces, len(prefix), self.positions)
+        known = [s for s in following if isinstance(s, Known)]
+        end = pieces[-1]
+        assert isinstance(end, Tensor)  # a passage never ends a prompt
+        return Plan(prefix, placed, known, text, len(end))
+
+    # ---- the steps of open
+
+    def _choose(self, prompts: Sequence[Sequence[Segment]], states: States) -> list[_Chosen]:
+        """What is to be read of prompts: all, or only what matters, or each passage apart."""
+        chosen, focus = [_Chosen(prompt) for prompt in prompts], self.focus
+        if focus is None:
+            return chosen
+        if focus.apart:
+            sizes = [num_known(prompt) for prompt in prompts]
+            return [
+                replace(c, readings=focus.candidates(size)) if size > 1 else c
+                for c, size in zip(chosen, sizes, strict=True)
+            ]
+        many = [i for i, prompt in enumerate(prompts) if num_known(prompt) > focus.passages]
+        for i, found in zip(many, self._judge([prompts[i] for i in many], states), strict=True):
+            places = focus.chosen(found)
+            chosen[i] = _Chosen(with_only(prompts[i], places), likelihoods=found[places])
+        return chosen
+
+    def _open(
+        self,
+        prompts: Sequence[_Chosen],
+        states: States,
+        sampling: Sequence[Sampling],
+        lap: Callable[[str], None],
+    ) -> tuple[list[_Chosen], Opening]:
+        """Compose and read. Where passages are read apart, all rows are read up to the first
+        token, and those that matter go on; the prompts then say what has been found out."""
+        rows = [[self.plan(s, states) for s in prompt.rows()] for prompt in prompts]
+        plans = [plan for one in rows for plan in one]
+        texts = [plan.text for plan in plans]
+        owner = _owner(rows)
+        self.backbone.check_window(texts, [sampling[i] for i in owner])
+        context = Context([self._prefix(p.prefix) for p in plans], self._compose(plans))
+        lap("compose_ms")
+        apart = len(plans) > len(prompts)
+        counts = [plan.end for plan in plans] if apart else None
+        opened, slots = (
+            self.backbone.open(context, texts, self.reader, counts=counts),
+            context.slots,
+        )
+        if apart:
+            prompts, rows, opened, slots = self._select(prompts, rows, opened)
+        joined = zip(rows, prompts, strict=True)
+        whole = [Plan.joined(one, prompt.expanded) for one, prompt in joined]
+        kernels = "reference" if slots is None else kernels_of(slots)
+        return list(prompts), Opening(whole, opened, kernels)
+
+    def _select(
+        self, prompts: Sequence[_Chosen], rows: Sequence[Sequence[Plan]], opened: Opened
+    ) -> tuple[list[_Chosen], list[list[Plan]], Opened, Slots | None]:
+        """Go on with those of each prompt's rows that matter."""
+        assert self.focus is not None
+        assert opened.likelihoods is not None
+        judged: list[_Chosen] = []
+        kept: list[list[Plan]] = []
+        places, weights, first = [], [], 0
+        likelihoods = opened.likelihoods.split([*map(len, rows)])
+        for prompt, one, found in zip(prompts, rows, likelihoods, strict=True):
+            going, weight = [0], found.new_zeros(1)
+            if prompt.readings:
+                alone = found[: num_known(prompt.segments)]
+                prompt = replace(prompt, likelihoods=alone)
+                readings, weight = self.focus.readings(alone)
+                going = [prompt.readings.index(reading) for reading in readings]
+            judged.append(prompt)
+            kept.append([one[row] for row in going])
+            places += [first + row for row in going]
+            weights.append(weight)
+            first += len(one)
+        slots = self._compose([plan for one in kept for plan in one])
+        mixture = Mixture(_owner(kept), torch.cat(weights))
+        return judged, kept, opened.select(places, slots, mixture), slots
+
+    def _doubtful(self, opening: Opening) -> list[int]:
+        """Prompts whose gists leave a doubt."""
+        if self.expand is None:
+            return []
+        doubts = enumerate(self.expand.doubtful(opening.opened))
+        return [i for i, doubt in doubts if doubt and opening.plans[i].placed]
+
+    def _expanded(
+        self, prompts: Sequence[_Chosen], doubtful: Sequence[int], states: States
+    ) -> list[_Chosen]:
+        """Prompts with what matters as text where there is doubt. It is read with the others, or,
+        where these would be apart, without them."""
+        assert self.expand is not None
+        chosen = list(prompts)
+        unjudged = [i for i in doubtful if prompts[i].likelihoods is None]
+        found = self._judge([prompts[i].segments for i in unjudged], states)
+        judged = dict(zip(unjudged, found, strict=True))
+        for i in doubtful:
+            likelihoods = prompts[i].likelihoods
+            places = self.expand.chosen(judged[i] if likelihoods is None else likelihoods)
+            segments = prompts[i].segments
+            if prompts[i].readings:
+                segments, places = with_only(segments, places), list(range(len(places)))
+            chosen[i] = _Chosen(as_text(segments, places), expanded=len(places))
+        return chosen
+
+    def _judge(self, prompts: Sequence[Sequence[Segment]], states: States) -> Sequence[Tensor]:
+        """Per prompt and passage ``(P,)``, how likely it alone makes what follows all passages."""
+        sizes = [num_known(prompt) for prompt in prompts]
+        if not sum(sizes):
+            return []
+        alone = [
+            self.plan(with_only(prompt, [place]), states)
+            for prompt, size in zip(prompts, sizes, strict=True)
+            for place in range(size)
+        ]
+        found = log_likelihoods(
+            self.backbone,
+            [self._prefix(plan.prefix) for plan in alone],
+            [plan.placed for plan in alone],
+            [plan.text for plan in alone],
+            [plan.end for plan in alone],
+        )
+        return list(found.split(sizes))
+
+    def _compose(self, plans: Sequence[Plan]) -> Slots | None:
+        return compose([plan.placed for plan in plans], self.backbone)
+
+    def _prefix(self, input_ids: Tensor) -> Prefix:
+        """Exact KV of a leading text, from memory when it was read before."""
+        key = tuple(input_ids.tolist())
+        with self._lock:
+            if (known := self._prefixes.get(key)) is not None:
+                self._prefixes.move_to_end(key)
+                return known
+        prefix = self.backbone.prefix(input_ids)
+        with self._lock:
+            self._prefixes[key] = prefix
+            if len(self._prefixes) > PREFIXES:
+                self._prefixes.popitem(last=False)
+        return prefix
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What is to be read of a prompt.
+
+    Attributes:
+        readings: places of the passages that each row is to have; none: one row with all.
+        likelihoods: ``(P,)`` of its passages, where they have been judged.
+        expanded: how many of its passages are text by now.
+    """
+
+    segments: Sequence[Segment]
+    readings: Sequence[list[int]] = ()
+    likelihoods: Tensor | None = None
+    expanded: int = 0
+
+    def rows(self) -> list[Sequence[Segment]]:
+        """Segments of each row."""
+        alone = [with_only(self.segments, reading) for reading in self.readings]
+        return [*alone] or [self.segments]
+
+
+def _owner(rows: Sequence[Sequence[Plan]]) -> list[int]:
+    """The prompt of each row."""
+    return [i for i, one in enumerate(rows) for _ in one]
