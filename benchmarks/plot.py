@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import re
 import textwrap
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+
+from gist_rag.evaluate.runner import Arm
 
 mpl.use("Agg")
 mpl.rcParams["svg.hashsalt"] = "gist-rag"  # the same files give the same picture
@@ -29,7 +32,6 @@ COLOURS = {
 }
 
 
-ARM = re.compile(r"([^@:~+]+)(?:@([^:~+]+))?(?:([:~+])(\d+))?")
 MARKS = {"that matter": "s", "read apart": "--D", "read as text": "^", ", ": "--o"}
 HOW = {":": "that matter", "~": "read apart", "+": "read as text"}
 
@@ -48,13 +50,13 @@ def draw_quality(results: list[dict[str, Any]]) -> None:
         lines: dict[str, list[tuple[float, float, float, float]]] = {}
         for result in (r for r in results if r["meta"]["passages"] == count):
             for arm, scores in result["arms"].items():
-                name, ratio, how, many = ARM.fullmatch(arm).groups()  # type: ignore[union-attr]
+                name, ratio, how, many = astuple(Arm.parse(arm, result["meta"]["ratio"]))
                 if name in COLOURS:
                     preset = result["meta"]["settings"].get("preset", "")
                     own = preset if name == result["meta"]["compressor"] else ""
                     own = f"{many} {HOW[how]}" if how else own
                     label = f"{name}, {own}" if own else name
-                    point = (float(ratio or result["meta"]["ratio"]), scores["m_norm"])
+                    point = (ratio, scores["m_norm"])
                     bounds = (scores["m_norm_low"], scores["m_norm_high"])
                     lines.setdefault(label, []).append(point + bounds)
         for label, points in sorted(lines.items()):

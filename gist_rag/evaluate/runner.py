@@ -181,18 +181,15 @@ def _figures(arm: _FieldScores, closed: _FieldScores, full: _FieldScores) -> dic
     }
 
 
-_CHOICES = {":": "focus", "~": "apart", "+": "expand"}
-
-
 @dataclass(frozen=True)
 class Arm:
-    """``name@ratio``, perhaps with ``:focus`` or ``~apart`` or ``+expand`` passages; 0 for none."""
+    """``name@ratio``, and perhaps what is done with the ``many`` passages that matter most:
+    ``:`` to read them alone of all, ``~`` to read them apart, ``+`` to read them as text."""
 
     name: str
     ratio: float
-    focus: int = 0
-    apart: int = 0
-    expand: int = 0
+    how: str = ""
+    many: int = 0
 
     @classmethod
     def parse(cls, text: str, ratio: float) -> Self:
@@ -202,11 +199,10 @@ class Arm:
             BadInput: no ratio, or no number of passages, where there should be one; or passages to
                 be chosen from those of an arm that reads no gists.
         """
-        front, how, many = re.fullmatch(r"(.*?)(?:([:~+])([^:~+]*))?", text, re.S).groups()  # type: ignore[union-attr]
+        front, how, many = re.fullmatch(r"(.*?)(?:([:~+])([^:~+]*))?", text, re.S).groups("")  # type: ignore[union-attr]
         name, _, given = front.partition("@")
         try:
-            count = {_CHOICES[how]: int(many)} if how else {}
-            arm = cls(name, float(given or ratio), **count)
+            arm = cls(name, float(given or ratio), how, int(many) if how else 0)
         except ValueError as error:
             raise BadInput(
                 f"arm {text!r} is not name, name@ratio, or one of these with :n, ~n or +n behind it"
@@ -214,6 +210,11 @@ class Arm:
         if how and name in TEXT_ARMS:
             raise BadInput(f"arm {text!r}: {name} reads no gists to choose from")
         return arm
+
+    @property
+    def focus(self) -> Focus | None:
+        """What it reads of its passages; ``None`` for all, together."""
+        return Focus(self.many, apart=self.how == "~") if self.how in (":", "~") else None
 
     @property
     def gists(self) -> tuple[str, float]:
@@ -248,7 +249,7 @@ class _Arms:
         likelihoods = {
             arm.gists: self._likelihoods(example, states[arm.gists])
             for arm in self.arms.values()
-            if arm.focus or arm.apart or arm.expand
+            if arm.how
         }
         out = {}
         for text, arm in self.arms.items():
@@ -297,20 +298,16 @@ class _Arms:
         likelihoods: Tensor | None,
     ) -> list[_Reading]:
         """All passages as gists, or what the arm chooses of them."""
-        if likelihoods is None or not (arm.focus or arm.apart or arm.expand):
+        if likelihoods is None or not arm.how:
             return [self._mixed(example, dict(enumerate(states)), source)]
-        if arm.expand:
-            as_text = Expand(0.0, arm.expand).chosen(likelihoods)
+        if arm.focus is None:
+            as_text = Expand(0.0, arm.many).chosen(likelihoods)
             kept = {place: s for place, s in enumerate(states) if place not in as_text}
             return [self._mixed(example, kept, source)]
-        focus = Focus(arm.focus or arm.apart, apart=bool(arm.apart))
-        places = sorted(focus.chosen(likelihoods))
-        if not focus.apart:
-            return [self._only(example, states, places, source)]
-        weights = (likelihoods[places] / focus.temperature).log_softmax(0).tolist()
+        readings, weights = arm.focus.readings(likelihoods)
         return [
-            replace(self._only(example, states, [place], source), log_weight=weight)
-            for place, weight in zip(places, weights, strict=True)
+            replace(self._only(example, states, places, source), log_weight=weight)
+            for places, weight in zip(readings, weights.tolist(), strict=True)
         ]
 
     def _only(
