@@ -30,8 +30,8 @@ from gist_rag.train.traces import THOUGHT_END
 from gist_rag.types import GistState, Message
 
 MATCH = "match"
-"""A loss term of ``GistStudent`` that no method has of its own: ``Repeater.error``. A run asks for it
-by giving it a weight."""
+"""A loss term of ``GistStudent`` that no method has of its own, ``Repeater.error``; it is there if
+a run gives it a weight."""
 MATCH_QUERIES = 96
 """Queries of each KV head that it looks at."""
 
