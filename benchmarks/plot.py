@@ -32,8 +32,19 @@ COLOURS = {
 }
 
 
-MARKS = {"that matter": "s", "read apart": "--D", "read as text": "^", ", ": "--o"}
-HOW = {":": "that matter", "~": "read apart", "+": "read as text"}
+MARKS = {
+    "that matter": "s",
+    "read apart": "--D",
+    "apart and": "-D",
+    "read as text": "^",
+    ", ": "--o",
+}
+HOW = {
+    ":": "that matter",
+    "~": "read apart",
+    "^": "apart and all together",
+    "+": "read as text",
+}
 
 
 def load(folder: str) -> list[dict[str, Any]]:

@@ -22,6 +22,8 @@ from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
 from gist_rag.compose import Placed, compose
 from gist_rag.errors import BadInput
 
+TOGETHER = 0.2
+"""Share of the weight of all passages together beside those read apart."""
 ROWS = 32
 """Prompts that are judged in one pass."""
 
@@ -31,12 +33,14 @@ class Focus:
     """Which of its passages a prompt reads, and how.
 
     Read apart, each passage stands alone in a prompt of its own, and these answer together
-    (``mixture.Mixture``): no passage disturbs another and their order does not matter, but what
-    takes two passages at once is not found.
+    (``mixture.Mixture``): no passage disturbs another. A prompt with all passages answers with
+    them, for what takes two passages at once.
 
     Attributes:
         passages: at most so many.
         apart: whether each is read alone.
+        together: the share of the weight, before anything is said, of the prompt with all passages
+            where they are read apart; 0 for no such prompt.
         margin: none that makes the question less likely than the best one by more than this, in
             nats.
         temperature: of the likelihoods, where they are weights of passages read apart.
@@ -46,12 +50,15 @@ class Focus:
     apart: bool = False
     margin: float = math.inf
     temperature: float = 1.5
+    together: float = TOGETHER
 
     def __post_init__(self) -> None:
         if self.passages < 1 or self.margin < 0 or self.temperature <= 0:
             raise BadInput(
                 f"{self}: passages must be 1 or more, margin 0 or more, temperature above 0"
             )
+        if not 0 <= self.together < 1:
+            raise BadInput(f"{self}: together is a share, from 0 to less than 1")
 
     def chosen(self, likelihoods: Tensor) -> list[int]:
         """Places of the passages to be read, of ``likelihoods`` ``(P,)``, in prompt order."""
@@ -60,7 +67,8 @@ class Focus:
 
     def candidates(self, count: int) -> list[list[int]]:
         """Readings of ``count`` passages from which ``readings`` chooses, as their places."""
-        return [[place] for place in range(count)]
+        alone = [[place] for place in range(count)]
+        return [*alone, [*range(count)]] if self.together and count > 1 else alone
 
     def readings(self, likelihoods: Tensor) -> tuple[list[list[int]], Tensor]:
         """Which passages are read together, for each reading of a prompt, and the log-weights
@@ -68,7 +76,13 @@ class Focus:
         places = self.chosen(likelihoods)
         if not self.apart:
             return [places], likelihoods.new_zeros(1)
-        return [[place] for place in places], likelihoods[places] / self.temperature
+        weights = (likelihoods[places] / self.temperature).log_softmax(0)
+        readings = [[place] for place in places]
+        if self.together and len(likelihoods) > 1:
+            readings.append([*range(len(likelihoods))])
+            both = weights.new_tensor([1 - self.together, self.together]).log()
+            weights = torch.cat((weights + both[0], both[1:]))
+        return readings, weights
 
 
 def make_focus(focus: Focus | int | None = None, apart: int | None = None) -> Focus | None:

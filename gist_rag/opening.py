@@ -53,11 +53,12 @@ class Plan:
 
     @classmethod
     def joined(cls, rows: Sequence[Self], expanded: int) -> Self:
-        """Of a prompt, from its rows."""
+        """Of a prompt, from its rows: one for each passage, or a last one that has them all."""
+        read = rows[-1:] if len(rows[-1].known) > 1 else rows
         return cls(
             rows[0].prefix,
-            [p for row in rows for p in row.placed],
-            [k for row in rows for k in row.known],
+            [p for row in read for p in row.placed],
+            [k for row in read for k in row.known],
             Local.join([row.text for row in rows]),
             rows[0].end,
             expanded,

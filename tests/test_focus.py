@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,9 +91,26 @@ def test_focus_chooses_the_likeliest(focus: Focus, chosen: list[int]) -> None:
     assert focus.chosen(torch.tensor([-3.0, -9.0, -4.5, -2.0])) == chosen
 
 
-@pytest.mark.parametrize("given", [{"passages": 0}, {"margin": -1.0}], ids=str)
+def test_readings_apart_weigh_by_likelihood_and_all_together_by_share() -> None:
+    likelihoods = torch.tensor([-3.0, -9.0, -4.5, -2.0])
+    focus = Focus(2, apart=True, temperature=2.0, together=0.25)
+    readings, weights = focus.readings(likelihoods)
+    assert readings == [[0], [3], [0, 1, 2, 3]]
+    expected = torch.cat((torch.tensor([-1.5, -1.0]).softmax(0) * 0.75, torch.tensor([0.25])))
+    torch.testing.assert_close(weights.exp(), expected)
+    assert all(reading in focus.candidates(4) for reading in readings)
+    alone = replace(focus, together=0.0)
+    assert alone.readings(likelihoods)[0] == [[0], [3]]
+    torch.testing.assert_close(alone.readings(likelihoods)[1].exp(), expected[:2] / 0.75)
+    assert focus.readings(likelihoods[:1])[0] == focus.candidates(1) == [[0]]
+    assert Focus(2).readings(likelihoods)[0] == [[0, 3]]
+
+
+@pytest.mark.parametrize(
+    "given", [{"passages": 0}, {"margin": -1.0}, {"together": 1.0}, {"together": -0.1}], ids=str
+)
 def test_focus_refuses_what_cannot_be(given: dict[str, float]) -> None:
-    with pytest.raises(BadInput, match=r"1 or more"):
+    with pytest.raises(BadInput, match=r"1 or more|from 0 to less than 1"):
         Focus(**given)  # type: ignore[arg-type]
 
 
@@ -133,7 +151,13 @@ def test_what_stands_between_passages_stays(make_engine: Engines, passages: list
 
 @pytest.mark.parametrize(
     "options",
-    [{"focus": Focus(1)}, {"focus": Focus(1, apart=True)}, {"expand": Expand(ALWAYS)}],
+    [
+        {"focus": Focus(1)},
+        {"focus": Focus(1, apart=True, together=0)},
+        {"focus": Focus(1, apart=True)},
+        {"expand": Expand(ALWAYS)},
+        {"focus": Focus(2, apart=True), "expand": Expand(ALWAYS)},
+    ],
     ids=str,
 )
 def test_each_prompt_of_a_batch_for_itself(
@@ -149,8 +173,9 @@ def test_each_prompt_of_a_batch_for_itself(
     assert [[p.content for p in a.passages] for a in together] == [
         [p.content for p in a.passages] for a in alone
     ]
-    expected = [1, 2, 0] if "focus" in options else [1, 1, 0]
-    assert [a.stats.left_out + a.stats.expanded for a in together] == expected
+    stats = [a.stats for a in together]
+    assert [s.hits + s.left_out + s.expanded for s in stats] == [2, 3, 0]
+    assert [s.expanded for s in stats] == ([1, 1, 0] if "expand" in options else [0, 0, 0])
 
 
 def test_a_sure_answer_is_read_from_gists(make_engine: Engines, passages: list[Passage]) -> None:
@@ -181,8 +206,8 @@ def test_focus_first_and_then_expand(make_engine: Engines, passages: list[Passag
 
 
 def test_passages_apart_answer_together(make_engine: Engines, passages: list[Passage]) -> None:
-    """Their order does not matter, and one alone is itself."""
-    engine = make_engine(settings={"ratio": 4}, focus=Focus(2, apart=True))
+    """Without all of them together their order does not matter, and one alone is itself."""
+    engine = make_engine(settings={"ratio": 4}, focus=Focus(2, apart=True, together=0))
     engine.precompute(passages[:3])
     one, other = (ask(engine, prompt(p)) for p in (passages[:3], passages[2::-1]))
     assert (one.stats.hits, one.stats.left_out) == (2, 1)
@@ -192,8 +217,28 @@ def test_passages_apart_answer_together(make_engine: Engines, passages: list[Pas
     assert (alone.stats.hits, alone.stats.left_out) == (1, 0)
 
 
+def test_all_together_answer_with_those_apart(
+    make_engine: Engines, passages: list[Passage]
+) -> None:
+    """With nearly all of the weight they say what they say by themselves; all passages count as
+    read, each once."""
+    texts = {}
+    for share in (0.0, 1e-6, 0.5, 1 - 1e-6):
+        engine = make_engine(settings={"ratio": 4}, focus=Focus(1, apart=True, together=share))
+        engine.precompute(passages[:3])
+        answer = ask(engine, prompt(passages[:3]))
+        texts[share] = answer.text
+        if share:
+            assert (answer.stats.hits, answer.stats.left_out) == (3, 0)
+            assert [p.content for p in answer.passages] == [p.content for p in passages[:3]]
+    plain = make_engine(settings={"ratio": 4})
+    plain.precompute(passages[:3])
+    assert texts[1 - 1e-6] == ask(plain, prompt(passages[:3])).text
+    assert texts[1e-6] == texts[0.0]
+
+
 def test_one_passage_apart_is_one_passage(make_engine: Engines, passages: list[Passage]) -> None:
-    apart = make_engine(settings={"ratio": 4}, focus=Focus(1, apart=True))
+    apart = make_engine(settings={"ratio": 4}, focus=Focus(1, apart=True, together=0))
     together = make_engine(settings={"ratio": 4}, focus=Focus(1))
     for engine in (apart, together):
         engine.precompute(passages[:3])

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 
 from gist_rag.backbone import Backbone
-from gist_rag.compressors.base import CompressorConfig, Lesson, TrainedCompressor, TrainedConfig
+from gist_rag.compressors.base import (
+    Answers,
+    CompressorConfig,
+    Lesson,
+    TrainedCompressor,
+    TrainedConfig,
+)
 from gist_rag.layout import Layout, window_ends
 from gist_rag.losses import cross_entropy, token_importance
 from gist_rag.types import GistState
@@ -89,18 +95,20 @@ class Autoencoding(TrainedCompressor):
         packed = torch.arange(gists, dtype=torch.int32, device=state.offsets.device)
         return replace(state, offsets=packed.repeat(len(state.rows) - 1), span=gists)
 
-    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
-        assert lesson.closed is not None
-        targets = lesson.targets
-        importance = lesson.weights * token_importance(
-            lesson.teacher, lesson.closed, targets, self.config.gamma
+    def answer_losses(self, answers: Answers) -> dict[str, Tensor]:
+        assert answers.closed is not None
+        targets = answers.targets
+        importance = answers.weights * token_importance(
+            answers.teacher, answers.closed, targets, self.config.gamma
         )
         importance = importance / importance.sum()
         return {
-            "kl": super().losses(lesson)["kl"],
-            "ce": (cross_entropy(lesson.student, targets) * importance).sum(),
-            "ae": self.reconstruction(lesson.states, lesson.passages),
+            "kl": super().answer_losses(answers)["kl"],
+            "ce": (cross_entropy(answers.student, targets) * importance).sum(),
         }
+
+    def passage_losses(self, lesson: Lesson) -> dict[str, Tensor]:
+        return {"ae": self.reconstruction(lesson.states, lesson.passages)}
 
     def reconstruction(self, states: Sequence[GistState], passages: Sequence[Tensor]) -> Tensor:
         """Mean NLL of tokens, spelt out from the one gist that stands for them."""

@@ -49,12 +49,24 @@ class CompressorConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one training step has computed: passages compressed, composed and read.
+    """What a training step has compressed.
 
     Attributes:
         passages: token ids ``(T_i,)`` of all passages of the batch.
         hidden: ``(L + 1, B, S, E)`` residual streams of the compress pass.
         states: what was made of them.
+    """
+
+    passages: Sequence[Tensor]
+    hidden: Tensor
+    states: Sequence[GistState]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a training step has read.
+
+    Attributes:
         student: ``(N, V)`` logits of the answers' tokens, read after the gists.
         teacher: ``(N, V)`` logits of the plain model that reads the text.
         targets: ``(N,)`` the answers' tokens.
@@ -63,9 +75,6 @@ class Lesson:
             ``reads_closed`` says that they want them.
     """
 
-    passages: Sequence[Tensor]
-    hidden: Tensor
-    states: Sequence[GistState]
     student: Tensor
     teacher: Tensor
     targets: Tensor
@@ -81,8 +90,8 @@ class Compressor(nn.Module):
         paper: where it comes from; empty for controls.
         Config: its settings.
         trained: whether it needs trained weights to be of use.
-        loss_weights: how the terms of ``losses`` are summed up, unless a training run says else.
-        reads_closed: whether ``losses`` needs ``Lesson.closed``.
+        loss_weights: how loss terms are summed up, unless a training run says else.
+        reads_closed: whether ``answer_losses`` needs ``Answers.closed``.
     """
 
     name: ClassVar[str]
@@ -146,17 +155,21 @@ class Compressor(nn.Module):
         """
         return nullcontext()
 
-    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
-        """Terms of the training loss, scalars by name.
+    def answer_losses(self, answers: Answers) -> dict[str, Tensor]:
+        """Terms of the training loss from what is read, scalars by name.
 
         Default: ``kl``, reading the gists as the plain model reads the text, and ``ce``, giving the
         answer.
         """
-        weights = lesson.weights
+        weights = answers.weights
         return {
-            "kl": (distill(lesson.teacher, lesson.student) * weights).sum(),
-            "ce": (cross_entropy(lesson.student, lesson.targets) * weights).sum(),
+            "kl": (distill(answers.teacher, answers.student) * weights).sum(),
+            "ce": (cross_entropy(answers.student, answers.targets) * weights).sum(),
         }
+
+    def passage_losses(self, lesson: Lesson) -> dict[str, Tensor]:
+        """Terms of the training loss from the passages alone, scalars by name; default: none."""
+        return {}
 
     def trace_layout(self, num_given: int, thought_ends: Sequence[int]) -> Layout:
         """How a prompt and the thoughts that answer it are laid out, for methods that compress
@@ -383,13 +396,12 @@ class TrainedCompressor(Compressor):
     def embeddings(self) -> Tensor | None:
         return self.gists
 
-    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
-        """``kl``, ``ce``, and ``lm`` (``language_loss``) for methods that weigh it."""
-        terms = super().losses(lesson)
-        if "lm" in self.loss_weights:
-            layouts = [self.layout(ids) for ids in lesson.passages]
-            terms["lm"] = self.language_loss(lesson.hidden[-1], lesson.passages, layouts)
-        return terms
+    def passage_losses(self, lesson: Lesson) -> dict[str, Tensor]:
+        """``lm`` (``language_loss``) for methods that weigh it."""
+        if "lm" not in self.loss_weights:
+            return {}
+        layouts = [self.layout(ids) for ids in lesson.passages]
+        return {"lm": self.language_loss(lesson.hidden[-1], lesson.passages, layouts)}
 
     def adapted(self, rows: Tensor | None = None) -> AbstractContextManager[None]:
         return self.lora.active(rows if self.config.adapt == "gists" else None)

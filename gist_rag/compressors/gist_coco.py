@@ -10,7 +10,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from gist_rag.compressors.base import CompressorConfig, Lesson, TrainedCompressor, TrainedConfig
+from gist_rag.compressors.base import Answers, CompressorConfig, TrainedCompressor, TrainedConfig
 from gist_rag.layout import Layout
 from gist_rag.types import GistState
 
@@ -82,5 +82,5 @@ class GistCoco(TrainedCompressor):
         texts = self.verbalise(states, self.config.verbalise)
         return [replace(s, text=text) for s, text in zip(states, texts, strict=True)]
 
-    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
-        return {"kl": super().losses(lesson)["kl"]}
+    def answer_losses(self, answers: Answers) -> dict[str, Tensor]:
+        return {"kl": super().answer_losses(answers)["kl"]}

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gist_rag.backbone import Backbone
-from gist_rag.compressors.base import CompressorConfig, Lesson, TrainedCompressor, TrainedConfig
+from gist_rag.compressors.base import Answers, CompressorConfig, TrainedCompressor, TrainedConfig
 from gist_rag.layout import Layout, window_ends
 from gist_rag.losses import cross_entropy
 from gist_rag.types import GistState
@@ -103,10 +103,10 @@ class InComeS(TrainedCompressor):
             bank=1.0 if keys.requires_grad else self.config.temperature,
         )
 
-    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
-        assert lesson.closed is not None
-        guess, told = (-cross_entropy(x, lesson.targets) for x in (lesson.closed, lesson.teacher))
-        gain = GAIN * (told - guess).relu()
-        missed = (gain * cross_entropy(lesson.student, lesson.targets)).sum()
+    def answer_losses(self, answers: Answers) -> dict[str, Tensor]:
+        assert answers.closed is not None
+        told, guess = (cross_entropy(x, answers.targets) for x in (answers.teacher, answers.closed))
+        gain = GAIN * (guess - told).relu()
+        missed = (gain * cross_entropy(answers.student, answers.targets)).sum()
         ce = missed / gain.count_nonzero().clamp_min(1)
-        return {"kl": super().losses(lesson)["kl"], "ce": ce}
+        return {"kl": super().answer_losses(answers)["kl"], "ce": ce}

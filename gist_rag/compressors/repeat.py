@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local, Prefix
 from gist_rag.compose import Placed, compose
+from gist_rag.errors import BadInput
 from gist_rag.prompt import framing
 from gist_rag.types import GistState
 from gist_rag_kernels import rotate
@@ -108,28 +109,34 @@ class Repeater:
             hidden=hidden,
         )
 
-    def error(self, repeat: Repeat, states: Sequence[GistState], num_queries: int) -> Tensor:
-        """How far reading compressed passages is from reading them whole, head by head: the
-        squared error of ``Target`` as a share of it, a mean over passages, layers and heads;
-        differentiable.
+    def target(self, repeat: Repeat, row: int, num_queries: int) -> Target:
+        """What heads get from one passage.
 
         Args:
-            states: what the passages have become; not of a bank.
             num_queries: how many queries of each head are looked at, evenly spread.
         """
-        errors = []
-        for row, state in enumerate(states):
-            queries = repeat.asked(row) * self.backbone.scaling
-            queries = queries[:, :: -(-queries.shape[1] // num_queries)]
-            target = Target.of(queries, repeat.prefix_kv, repeat.kv(row))
-            # ends where the whole passage does, wherever it begins
-            end = len(self.prefix) + repeat.num_tokens[row] - state.span
-            rotary = self.backbone.rotary(state.offsets.long() + end)
-            rotated = rotate(state.keys.float(), *rotary)
-            dense = replace(state, keys=rotated, values=state.values.float()).dense()
-            error = target.error(*(x.flatten(0, 1) for x in dense))
-            errors.append((error / target.output.square().sum((1, 2))).mean())
-        return torch.stack(errors).mean()
+        queries = repeat.asked(row) * self.backbone.scaling
+        queries = queries[:, :: -(-queries.shape[1] // num_queries)]
+        return Target.of(queries, repeat.prefix_kv, repeat.kv(row))
+
+    def error(self, target: Target, state: GistState) -> Tensor:
+        """How far reading a compressed passage is from reading it whole, head by head: the squared
+        error as a share of the target's own square, a mean over layers and heads; differentiable.
+
+        Args:
+            state: what the passage has become.
+
+        Raises:
+            BadInput: its slots belong to a bank, so that attention does not read them.
+        """
+        if state.bank is not None:
+            raise BadInput("gists of a bank join no attention, so there is nothing to match")
+        # ends where the whole passage does, wherever it begins
+        end = len(self.prefix) + state.num_tokens - state.span
+        rotated = rotate(state.keys.float(), *self.backbone.rotary(state.offsets.long() + end))
+        dense = replace(state, keys=rotated, values=state.values.float()).dense()
+        error = target.error(*(x.flatten(0, 1) for x in dense))
+        return (error / target.output.square().sum((1, 2))).mean()
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class TrimKV(Compressor):
         pools = len(decay) if self.config.budget == "head" else 1
         return full.select(best_slots(decay, self.config.ratio, pools).flatten())
 
-    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
+    def passage_losses(self, lesson: Lesson) -> dict[str, Tensor]:
         over = []
         for state in lesson.states:
             filled = state.bias.new_zeros(len(state.lengths))
@@ -101,7 +101,6 @@ class TrimKV(Compressor):
             budget = state.num_tokens / self.config.ratio
             over.append(capacity(filled, budget, state.num_tokens))
         return {
-            **super().losses(lesson),
             "cap": torch.stack(over).mean(),
             "fade": self._fade(lesson) if self.config.fade else torch.zeros_like(over[0]),
         }

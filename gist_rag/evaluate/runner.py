@@ -3,7 +3,8 @@
 Arms are ``closed`` (no passages), ``full`` (text), ``truncated`` (text cut to the same number of
 slots), ``reuse`` (uncompressed gists) and compressors, each ``name`` or ``name@ratio``. Behind it
 may stand what is done with the ``n`` passages that matter most (``gist_rag.focus``): ``:n`` reads
-them alone of all, ``~n`` reads each of them apart, and ``+n`` reads them as text among the others.
+them alone of all, ``~n`` reads each of them apart, ``^n`` does so and reads all together besides,
+and ``+n`` reads them as text among the others.
 Each prediction says in what ``doubt`` it was made, so that a threshold can be found afterwards.
 
 Scores are the gold answer's NLL per token, the share of questions whose gold answer is likelier per
@@ -32,7 +33,7 @@ from gist_rag.evaluate import metrics
 from gist_rag.evaluate.environment import environment
 from gist_rag.evaluate.probes import make_probe
 from gist_rag.evaluate.tasks import Example, Task, load_task
-from gist_rag.focus import Expand, Focus, log_likelihoods
+from gist_rag.focus import TOGETHER, Expand, Focus, log_likelihoods
 from gist_rag.mixture import Mixture
 from gist_rag.models import DEFAULT_RAG_MODEL
 from gist_rag.prompt import rag_messages, rag_pieces
@@ -183,8 +184,7 @@ def _figures(arm: _FieldScores, closed: _FieldScores, full: _FieldScores) -> dic
 
 @dataclass(frozen=True)
 class Arm:
-    """``name@ratio``, and perhaps what is done with the ``many`` passages that matter most:
-    ``:`` to read them alone of all, ``~`` to read them apart, ``+`` to read them as text."""
+    """``name@ratio``, and perhaps ``how`` the ``many`` passages that matter most are read."""
 
     name: str
     ratio: float
@@ -199,13 +199,13 @@ class Arm:
             BadInput: no ratio, or no number of passages, where there should be one; or passages to
                 be chosen from those of an arm that reads no gists.
         """
-        front, how, many = re.fullmatch(r"(.*?)(?:([:~+])([^:~+]*))?", text, re.S).groups("")  # type: ignore[union-attr]
+        front, how, many = re.fullmatch(r"(.*?)(?:([:~^+])([^:~^+]*))?", text, re.S).groups("")  # type: ignore[union-attr]
         name, _, given = front.partition("@")
         try:
             arm = cls(name, float(given or ratio), how, int(many) if how else 0)
         except ValueError as error:
             raise BadInput(
-                f"arm {text!r} is not name, name@ratio, or one of these with :n, ~n or +n behind it"
+                f"arm {text!r} is not name or name@ratio, perhaps with :n, ~n, ^n or +n behind it"
             ) from error
         if how and name in TEXT_ARMS:
             raise BadInput(f"arm {text!r}: {name} reads no gists to choose from")
@@ -214,7 +214,10 @@ class Arm:
     @property
     def focus(self) -> Focus | None:
         """What it reads of its passages; ``None`` for all, together."""
-        return Focus(self.many, apart=self.how == "~") if self.how in (":", "~") else None
+        if self.how in ("", "+"):
+            return None
+        together = TOGETHER if self.how == "^" else 0.0
+        return Focus(self.many, apart=self.how != ":", together=together)
 
     @property
     def gists(self) -> tuple[str, float]:

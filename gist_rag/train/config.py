@@ -41,10 +41,13 @@ class TrainConfig(BaseModel):
             this one, and starts from nothing by default.
         batch_size: questions per step.
         questions_per_context: most of them that are asked of the same passages, which are read or
-            compressed once for all of these. The files must hold such questions.
+            compressed once for all of these. The files must hold such questions. 0: none is
+            asked, gists learn from their passages alone (by the weight of ``match``, and what
+            else the method has), which costs a third less.
         lr: peak learning rate; gist embeddings learn ``embedding_lr_factor`` times as fast.
         warmup: share of the steps; then a cosine down to a tenth.
-        weights: of loss terms, where a run differs from the method's own.
+        weights: of loss terms, where a run differs from the method's own; ``match`` is there for
+            all of them (``train.students.MATCH``).
         lora: of a ``reader`` that starts from nothing; compressors have theirs in ``settings``.
         settings: of the compressor.
     """
@@ -71,7 +74,7 @@ class TrainConfig(BaseModel):
     positions: Positions = DEFAULT_POSITIONS
     steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=8, ge=1)
-    questions_per_context: int = Field(default=1, ge=1)
+    questions_per_context: int = Field(default=1, ge=0)
     accumulate: int = Field(default=1, ge=1)
     lr: float = Field(default=2e-4, gt=0)
     embedding_lr_factor: float = Field(default=5.0, gt=0)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from gist_rag.backbone import Backbone, Context
 from gist_rag.compose import arrange, compose
 from gist_rag.compressors import Compressor, make_compressor
-from gist_rag.compressors.base import Lesson
+from gist_rag.compressors.base import Answers, Lesson
 from gist_rag.compressors.full import Full
-from gist_rag.compressors.repeat import Repeater
+from gist_rag.compressors.repeat import Repeater, Target
 from gist_rag.errors import BadInput
 from gist_rag.losses import cross_entropy
 from gist_rag.reader import Reader
@@ -34,6 +34,8 @@ MATCH = "match"
 a run gives it a weight."""
 MATCH_QUERIES = 96
 """Queries of each KV head that it looks at."""
+KEPT_TARGETS = 512
+"""Passages whose targets are kept for the next time that they come: some 2 MB for each."""
 
 
 class Student(nn.Module):
@@ -114,48 +116,70 @@ class GistStudent(Student):
         self.compressor: Compressor = make_compressor(config.method, backbone, settings)
         if not list(self.compressor.parameters()):
             raise BadInput(f"{config.method} has nothing to train")
+        known = {**self.compressor.loss_weights, MATCH: 0.0}
+        if unknown := config.weights.keys() - known:
+            raise BadInput(
+                f"no loss term {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}"
+            )
         self.weights = {**self.compressor.loss_weights, **config.weights}
         self._full, self._repeater = Full(backbone), Repeater(backbone)
+        self._targets: dict[str, Target] = {}
 
     def forward(self, examples: Sequence[Example], ratio: float) -> dict[str, Tensor]:
-        compressor, backbone = self.compressor, self.backbone
-        answers = [self._answer(e) for e in examples]
+        compressor = self.compressor
+        compressor.set_ratio(ratio)
+        texts = _gisted(examples)
+        passages = [self.backbone.tokenize(text) for text in texts]
+        hidden = compressor.encode(passages)
+        states = compressor.distil(hidden, passages)
+        terms = compressor.passage_losses(Lesson(passages, hidden, states))
+        if MATCH in self.weights:
+            terms[MATCH] = self._match(texts, passages, states)
+        if self.config.questions_per_context:
+            answers = self._answers(examples, dict(zip(texts, states, strict=True)))
+            terms |= compressor.answer_losses(answers)
+        if not terms:
+            raise BadInput(
+                f"{compressor.name} has no loss: ask questions, or give {MATCH} a weight"
+            )
+        return _weighted(terms, self.weights)
+
+    def _answers(self, examples: Sequence[Example], states: Mapping[str, GistState]) -> Answers:
+        """What student and teacher say."""
+        targets = [self._answer(e) for e in examples]
         closed: Tensor | None = None
         with torch.no_grad():
             as_text = [replace(e, as_text=range(len(e.passages))) for e in examples]
-            teacher = self._read(as_text, answers)
-            if compressor.reads_closed:
-                closed = self._read([replace(e, passages=()) for e in examples], answers)
-
-        compressor.set_ratio(ratio)
-        texts = _gisted(examples)
-        passages = [backbone.tokenize(text) for text in texts]
-        hidden = compressor.encode(passages)
-        states = compressor.distil(hidden, passages)
-        student = self._read(examples, answers, dict(zip(texts, states, strict=True)))
-
-        device = student.device
-        terms = compressor.losses(
-            Lesson(
-                passages=passages,
-                hidden=hidden,
-                states=states,
-                student=student,
-                teacher=teacher,
-                targets=torch.cat(answers).to(device),
-                weights=_equal_weights(answers).to(device),
-                closed=closed,
-            )
+            teacher = self._read(as_text, targets)
+            if self.compressor.reads_closed:
+                closed = self._read([replace(e, passages=()) for e in examples], targets)
+        student = self._read(examples, targets, states)
+        return Answers(
+            student=student,
+            teacher=teacher,
+            targets=torch.cat(targets).to(student.device),
+            weights=_equal_weights(targets).to(student.device),
+            closed=closed,
         )
-        if MATCH in self.weights:
-            terms[MATCH] = self._match(passages, states)
-        return _weighted(terms, self.weights)
 
-    def _match(self, passages: Sequence[Tensor], states: Sequence[GistState]) -> Tensor:
+    def _match(
+        self, texts: Sequence[str], passages: Sequence[Tensor], states: Sequence[GistState]
+    ) -> Tensor:
         """How far the gists are from the whole passages for each head that repeats these."""
-        with torch.no_grad():
-            repeat = self._repeater(self._full.compress(passages), passages)
-        return self._repeater.error(repeat, states, MATCH_QUERIES)
+        new = [i for i, text in enumerate(texts) if text not in self._targets]
+        if new:
+            ids = [passages[i] for i in new]
+            with torch.no_grad():
+                repeat = self._repeater(self._full.compress(ids), ids)
+                for row, i in enumerate(new):
+                    self._targets[texts[i]] = self._repeater.target(repeat, row, MATCH_QUERIES)
+        errors = [
+            self._repeater.error(self._targets[text], state)
+            for text, state in zip(texts, states, strict=True)
+        ]
+        for text in list(self._targets)[:-KEPT_TARGETS]:
+            del self._targets[text]
+        return torch.stack(errors).mean()
 
     def groups(self) -> list[dict[str, object]]:
         embeddings = {id(self.compressor.embeddings())}
@@ -262,8 +286,4 @@ def _equal_weights(answers: Sequence[Tensor]) -> Tensor:
 
 
 def _weighted(terms: dict[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    if unknown := weights.keys() - terms.keys():
-        raise BadInput(
-            f"no loss term {', '.join(sorted(unknown))}; there are {', '.join(sorted(terms))}"
-        )
     return {name: term * weights.get(name, 0.0) for name, term in terms.items()}

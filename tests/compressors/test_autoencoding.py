@@ -11,7 +11,7 @@ from torch import Tensor
 from gist_rag.backbone import Backbone
 from gist_rag.compressors import make_compressor
 from gist_rag.compressors.autoencoding import Autoencoding
-from gist_rag.compressors.base import Compressor, Lesson
+from gist_rag.compressors.base import Answers, Compressor, Lesson
 from gist_rag.layout import Layout
 from gist_rag.losses import cross_entropy, token_importance
 
@@ -90,18 +90,16 @@ def test_importance_weighs_the_answer(method: Autoencoding, ids: Tensor) -> None
     """With a teacher that knows only the first token, only the first token counts."""
     student, closed, teacher = torch.randn(2, 40), torch.zeros(2, 40), torch.zeros(2, 40)
     teacher[0, 7], teacher[1, 3] = 50.0, 50.0
-    lesson = Lesson(
-        passages=[ids],
-        hidden=torch.empty(0),
-        states=method.compress([ids]),
+    answers = Answers(
         student=student,
         teacher=teacher,
         targets=torch.tensor([7, 7]),
         weights=torch.tensor([0.5, 0.5]),
         closed=closed,
     )
-    losses = method.losses(lesson)
+    losses = method.answer_losses(answers)
     assert float(losses["ce"]) == pytest.approx(
-        float(cross_entropy(student[:1], lesson.targets[:1])), rel=1e-4
+        float(cross_entropy(student[:1], answers.targets[:1])), rel=1e-4
     )
-    assert set(losses) == set(method.loss_weights)
+    of_passages = method.passage_losses(Lesson([ids], torch.empty(0), method.compress([ids])))
+    assert {*losses, *of_passages} == set(method.loss_weights)

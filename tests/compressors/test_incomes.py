@@ -13,7 +13,7 @@ from gist_rag.attention import MANY, Reading, read_bank
 from gist_rag.backbone import Backbone, Context, Local
 from gist_rag.compose import Placed, arrange, compose
 from gist_rag.compressors import Compressor, make_compressor
-from gist_rag.compressors.base import Lesson
+from gist_rag.compressors.base import Answers
 from gist_rag.compressors.incomes import InComeS
 from gist_rag.engine import GistEngine
 from gist_rag.errors import BadInput, CorruptEntry
@@ -176,18 +176,15 @@ def test_what_the_passage_makes_likelier_is_learnt(method: InComeS, ids: Tensor)
         return torch.stack((p, 1 - p), dim=1).log()
 
     targets = torch.zeros(3, dtype=torch.long)
-    lesson = Lesson(
-        passages=[ids],
-        hidden=torch.empty(0),
-        states=[],
+    answers = Answers(
         student=logits(-1.5, -9.0, -9.0),
         teacher=logits(-1.0, -1.0, -2.0),
         targets=targets,
         weights=torch.full((3,), 1 / 3),
         closed=logits(-3.0, -1.0, -1.0),
     )
-    assert float(method.losses(lesson)["ce"]) == pytest.approx(0.5 * 2 * 1.5, rel=1e-4)
-    assert method.losses(lesson).keys() == method.loss_weights.keys()
+    assert float(method.answer_losses(answers)["ce"]) == pytest.approx(0.5 * 2 * 1.5, rel=1e-4)
+    assert method.answer_losses(answers).keys() == method.loss_weights.keys()
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int8"])

@@ -131,23 +131,21 @@ def test_the_capacity_term_is_what_is_left_above_the_budget(
 ) -> None:
     method = make()
     [state] = method.compress([ids])
-    logit, one = torch.zeros(1, 600), torch.ones(1)
-    lesson = Lesson([ids], torch.empty(0), [state], logit, logit, one.long(), one)
+    lesson = Lesson([ids], torch.empty(0), [state])
     left = (log_beta(method, ids) * (48 + 256 - torch.arange(48))).exp().sum(1)
     expected = sum(max(0.0, float(x) - 12) for x in left) / 6 / 48
-    assert float(method.losses(lesson)["cap"].detach()) == pytest.approx(expected, rel=1e-3)
+    assert float(method.passage_losses(lesson)["cap"].detach()) == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_capacity_term_is_learnt(
     backbone: Backbone, ids: Tensor, lowers: Callable[..., bool]
 ) -> None:
     method = make_compressor("trim_kv", backbone, {"ratio": 4.0})
-    logit, one = torch.zeros(1, 600), torch.ones(1)
 
     def loss() -> Tensor:
         states = method.compress([ids])
-        lesson = Lesson([ids], torch.empty(0), states, logit, logit, one.long(), one)
-        return method.losses(lesson)["cap"]
+        lesson = Lesson([ids], torch.empty(0), states)
+        return method.passage_losses(lesson)["cap"]
 
     assert lowers(method, loss)
 
@@ -156,11 +154,8 @@ def test_the_capacity_term_is_learnt(
 
 
 def lesson(method: TrimKV, passages: list[Tensor]) -> Lesson:
-    """One whose answers say nothing."""
     hidden = method.encode(passages)
-    states = method.distil(hidden, passages)
-    logit, one = torch.zeros(1, 600), torch.ones(1)
-    return Lesson(passages, hidden, states, logit, logit, one.long(), one)
+    return Lesson(passages, hidden, method.distil(hidden, passages))
 
 
 def test_gates_that_hold_on_read_as_the_plain_model(
@@ -171,7 +166,7 @@ def test_gates_that_hold_on_read_as_the_plain_model(
     for weight in (method.gates.down, method.gates.up):
         torch.nn.init.zeros_(weight)
     torch.nn.init.constant_(method.gates.up_bias, 40.0)
-    assert float(method.losses(lesson(method, [ids, ids[:9]]))["fade"].detach()) < 1e-6
+    assert float(method.passage_losses(lesson(method, [ids, ids[:9]]))["fade"].detach()) < 1e-6
 
 
 def test_what_fades_is_read_less_in_every_layer(make: Callable[..., TrimKV], ids: Tensor) -> None:
@@ -190,12 +185,12 @@ def test_what_fades_is_read_less_in_every_layer(make: Callable[..., TrimKV], ids
     wanted = distill(method.backbone.logits(given.hidden[-1]), method.backbone.logits(stream))
     expected = float(wanted[0, :-1].mean())
     assert expected > 1e-3
-    assert float(method.losses(given)["fade"].detach()) == pytest.approx(expected, rel=1e-3)
+    assert float(method.passage_losses(given)["fade"].detach()) == pytest.approx(expected, rel=1e-3)
 
 
 def test_fading_teaches_gates_of_every_layer(make: Callable[..., TrimKV], ids: Tensor) -> None:
     method = make(fade=True)
-    method.losses(lesson(method, [ids]))["fade"].backward()  # type: ignore[no-untyped-call]
+    method.passage_losses(lesson(method, [ids]))["fade"].backward()  # type: ignore[no-untyped-call]
     assert method.gates.down.grad is not None
     assert bool((method.gates.down.grad.abs().amax((1, 2)) > 0).all())
 
@@ -204,7 +199,7 @@ def test_a_passage_of_one_token_has_nothing_to_fade(
     make: Callable[..., TrimKV], ids: Tensor
 ) -> None:
     method = make(fade=True)
-    assert float(method.losses(lesson(method, [ids[:1]]))["fade"].detach()) == 0
+    assert float(method.passage_losses(lesson(method, [ids[:1]]))["fade"].detach()) == 0
 
 
 # ---- trimming while decoding

@@ -28,6 +28,7 @@ from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 from llama_index.vector_stores.faiss import FaissVectorStore
 
 from gist_rag.errors import BadInput, GistsRequired
+from gist_rag.focus import Focus
 from gist_rag.models import embedder_folder
 from llama_index.llms.gist_rag import GistLLM, GistPromptHelper, base
 
@@ -471,13 +472,12 @@ def test_saved_form_is_json_and_comes_back(
 def test_passages_can_be_read_apart(
     tiny_model_folder: Path, nodes: list[TextNode], tmp_path: Path
 ) -> None:
-    """The two that matter answer together, whatever their order."""
+    """The two that matter answer, and all together with them."""
     llm = GistLLM(
         model_name=str(tiny_model_folder), store=tmp_path, ratio=4, apart=2, max_new_tokens=4
     )
     llm.precompress(nodes[:3])
     texts = [node.text for node in nodes[:3]]
-    one, other = ("\n\n".join([*order, QUESTION]) for order in (texts, texts[::-1]))
-    first, second = llm.complete(one), llm.complete(other)
-    assert first.text == second.text
-    assert (first.raw["gist"]["hits"], first.raw["gist"]["left_out"]) == (2, 1)
+    answer = llm.complete("\n\n".join([*texts, QUESTION]))
+    assert (answer.raw["gist"]["hits"], answer.raw["gist"]["left_out"]) == (3, 0)
+    assert llm.engine.focus == Focus(2, apart=True)

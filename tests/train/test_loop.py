@@ -115,8 +115,33 @@ def test_a_loss_that_is_no_number_stops_the_run(settings: dict[str, Any]) -> Non
 
 
 def test_a_loss_term_that_does_not_exist_is_named(settings: dict[str, Any]) -> None:
-    with pytest.raises(BadInput, match="no loss term mse; there are ce, kl"):
+    with pytest.raises(BadInput, match="no loss term mse; there are ce, kl, match"):
         run(settings, weights={"mse": 1.0})
+
+
+@pytest.mark.slow
+def test_passages_alone_teach_too(settings: dict[str, Any]) -> None:
+    """No question is asked, and targets are found once for each passage."""
+    alone = {"questions_per_context": 0, "weights": {"match": 1.0}, "passages": (1, 1)}
+    reports = run(settings, **alone, steps=30, save_every=30, lr=2e-2)
+    assert all(report.losses.keys() == {"match"} for report in reports)
+    matched = [report.losses["match"] for report in reports]
+    assert sum(matched[-5:]) < 0.9 * sum(matched[:5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"questions_per_context": 0}, r"no loss: .*match"),
+        ({"method": "incomes", "weights": {"match": 1.0}}, "a bank"),
+    ],
+    ids=["no questions", "a bank"],
+)
+def test_where_nothing_is_taught_is_said(
+    settings: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        run(settings, **changes)
 
 
 def test_a_method_without_parameters_is_refused(settings: dict[str, Any]) -> None:
