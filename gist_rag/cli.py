@@ -150,7 +150,8 @@ def ask(
         int | None, typer.Option(min=1, help="Read only so many passages: those that matter most.")
     ] = None,
     apart: Annotated[
-        int | None, typer.Option(min=1, help="The same, but each by itself; they answer together.")
+        int | None,
+        typer.Option(min=1, help="So many, each read by itself, answer with all together."),
     ] = None,
     expand: Annotated[
         float | None, typer.Option(help="Doubt (nats) from which on a passage is read as text.")

@@ -106,8 +106,8 @@ class GistLLM(FunctionCallingLLM):
     apart: int | None = Field(
         default=None,
         ge=1,
-        description="The same, but each is read by itself, and they answer together: better "
-        "answers from several passages, later first tokens.",
+        description="How many passages are read each by itself; they answer with a reading of all "
+        "together: better answers from several passages, later first tokens.",
     )
     expand: float | None = Field(
         default=None,
