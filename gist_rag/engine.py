@@ -198,8 +198,8 @@ class GistEngine:
         Args:
             model: alias, local folder or Hugging Face id of a causal LM.
             store: folder of the gists.
-            compressor: method name or folder of a trained compressor; default
-                ``attention_matching``.
+            compressor: method name, or name or folder of a trained compressor (see
+                ``compressors.make_compressor``); default ``attention_matching``.
             ratio: tokens per slot, short for ``settings={"ratio": ...}``.
             settings: the compressor's settings, for example ``{"preset": "best"}``.
             reader: alias or folder of a trained reader; default: the one that belongs to ``model``.

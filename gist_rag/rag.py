@@ -298,12 +298,12 @@ def _reopen(
     **options: Any,
 ) -> GistEngine:
     """An engine as ``GistEngine.describe`` described it."""
-    folder = compressor or description.get("folder")
+    folder, settings = compressor or description.get("folder"), description["settings"]
     return GistEngine.from_pretrained(
         model or description["model"],
         store,
         compressor=folder or description["compressor"],
-        settings=None if folder else description["settings"],
+        settings={"ratio": settings["ratio"]} if folder else settings,
         codec=description["codec"],
         namespace=description["namespace"],
         **options,

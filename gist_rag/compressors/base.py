@@ -105,11 +105,11 @@ class Compressor(nn.Module):
         super().__init__()
         object.__setattr__(self, "backbone", backbone)  # keeps it out of parameters and state_dict
         self.config = config if config is not None else self.Config()
-        self.folder: Path | None = None
+        self.folder = None
 
     backbone: Backbone
-    folder: Path | None
-    """Where it was read from, if it was."""
+    folder: Path | str | None
+    """Where it was read from, if it was; of one that ships, its name."""
 
     # ---- hooks
 
@@ -191,7 +191,7 @@ class Compressor(nn.Module):
 
     def set_ratio(self, ratio: float) -> None:
         """Compress at another ratio from now on; the fingerprint changes with it."""
-        self.config = self.config.model_copy(update={"ratio": ratio})
+        self.config = type(self.config).model_validate({**dict(self.config), "ratio": ratio})
 
     # ---- the shared path
 

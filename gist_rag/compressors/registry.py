@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,37 +44,63 @@ COMPRESSORS: dict[str, type[Compressor]] = {
     )
 }
 DEFAULT_COMPRESSOR = AttentionMatching.name
+SHIPPED = Path(__file__).parents[1] / "data" / "compressors"
+"""Trained states of the embedded model, a folder for each; its name is how users ask for it."""
 
 
 def make_compressor(
     name: str | Path, backbone: Backbone, settings: Mapping[str, Any] | None = None
 ) -> Compressor:
-    """A compressor by method name or from a folder that ``save_pretrained`` wrote.
+    """A compressor by method name, by the name of a trained one that ships, or from a folder that
+    ``save_pretrained`` wrote.
 
     Args:
-        settings: config fields by name; not for folders, which bring their own.
+        settings: config fields by name; of trained ones, which bring their own, the ``ratio`` only.
 
     Raises:
-        UnknownCompressor: neither a method nor such a folder.
+        UnknownCompressor: none of these.
         BadInput: a setting that the method does not have, or a value it refuses.
     """
+    given = dict(settings or {})
     if method := COMPRESSORS.get(str(name)):
-        try:
-            config = method.Config.model_validate(dict(settings or {}))
-        except ValidationError as error:
-            faults = "; ".join(
-                f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})"
-                for e in error.errors()
-            )
-            raise BadInput(f"settings of {method.name}: {faults}") from error
+        with _named_faults(method.name):
+            config = method.Config.model_validate(given)
         return method(backbone, config)
-    if not Path(name).is_dir():
+    ships = str(name) in shipped()
+    folder = SHIPPED / name if ships else Path(name)
+    if not folder.is_dir():
         raise UnknownCompressor(
-            f"{str(name)!r} is neither a method ({', '.join(sorted(COMPRESSORS))}) nor a folder"
+            f"{str(name)!r} is neither a method ({', '.join(sorted(COMPRESSORS))}) nor a trained "
+            f"one that ships ({', '.join(shipped())}) nor a folder"
         )
-    method_name = str(read_document(name)["name"])
+    method_name = str(read_document(folder)["name"])
     if method_name not in COMPRESSORS:
         raise UnknownCompressor(f"{name} holds {method_name!r}, which this gist-rag does not know")
-    if settings:
-        raise BadInput(f"{name} brings its own settings; leave out {', '.join(settings)}")
-    return COMPRESSORS[method_name].from_pretrained(name, backbone)
+    ratio = given.pop("ratio", None)
+    if given:
+        raise BadInput(f"{name} brings its own settings; leave out {', '.join(given)}")
+    compressor = COMPRESSORS[method_name].from_pretrained(folder, backbone)
+    if ships:
+        compressor.folder = str(name)
+    if ratio is not None:
+        with _named_faults(method_name):
+            compressor.set_ratio(ratio)
+    return compressor
+
+
+@contextmanager
+def _named_faults(method: str) -> Iterator[None]:
+    """Say which settings a method refuses."""
+    try:
+        yield
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})"
+            for e in error.errors()
+        )
+        raise BadInput(f"settings of {method}: {faults}") from error
+
+
+def shipped() -> list[str]:
+    """Names of the trained compressors that ship."""
+    return sorted(path.name for path in SHIPPED.glob("*") if path.is_dir())

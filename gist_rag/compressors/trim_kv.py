@@ -64,8 +64,8 @@ class TrimKV(Compressor):
     a passage is trimmed once, for a question at the horizon, and the capacity loss looks at that t
     only; ``fade`` adds the paper's. The released eager code multiplies logits by beta^(t - i); the
     sum of the paper is used, which equals soft eviction. Gates are ``width`` wide (512 there).
-    ``budget="global"`` lets heads differ (the paper's code has it for inference). ``decode`` trims
-    while it generates, as there.
+    ``budget="global"`` lets heads differ, in the capacity loss too (the paper's code has it for
+    inference). ``decode`` trims while it generates, as there.
 
     When to choose it: names, numbers and exact strings, which gists garble and kept tokens do not;
     2x to 4x. It costs one prefill and two small matrices, and the reader stays as it is.
@@ -98,6 +98,8 @@ class TrimKV(Compressor):
         for state in lesson.states:
             filled = state.bias.new_zeros(len(state.lengths))
             filled = filled.index_add(0, state.row_of_slot(), state.bias.exp())
+            if self.config.budget == "global":
+                filled = filled.mean(0, keepdim=True)
             budget = state.num_tokens / self.config.ratio
             over.append(capacity(filled, budget, state.num_tokens))
         return {

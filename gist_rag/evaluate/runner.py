@@ -241,8 +241,7 @@ class _Arms:
         if arm.name == "reuse":
             return make_compressor("full", self.backbone)
         own = self.config.settings if arm.name == self.config.compressor else {}
-        settings = own if Path(arm.name).is_dir() else {"ratio": arm.ratio, **own}
-        return make_compressor(arm.name, self.backbone, settings)
+        return make_compressor(arm.name, self.backbone, {"ratio": arm.ratio, **own})
 
     def readings(self, example: Example) -> dict[str, list[_Reading]]:
         """Per arm, what one question reads: one prompt, or several that answer together."""
