@@ -27,7 +27,7 @@ OPERATIONS = (
     "retention_attention",
     "select_fit",
 )
-METHODS = ("gist_pool", "unigist", "autoencoding", "sentence_anchored")
+METHODS = ("trim_kv", "gist_pool", "unigist", "autoencoding", "sentence_anchored")
 PYTHON = shlex.quote(sys.executable)
 CLI = f"{PYTHON} -m gist_rag.cli"
 
@@ -50,7 +50,7 @@ def steps(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         trained = [f"{out}/{method}" for method in METHODS if (out / method).exists()]
         ratios = [f"attention_matching@{ratio}" for ratio in (8, 16, 32)]
         command = f"{CLI} evaluate --task {args.task} --passages {passages} --limit 200 {model}"
-        apart = [f"{arm}~3" for arm in ("reuse", *ratios)] if passages > 1 else []
+        apart = [f"{arm}^3" for arm in ("reuse", *ratios)] if passages > 1 else []
         arms = ",".join(("reuse", *ratios, *apart, "attention_matching@16+1", *trained))
         yield (
             f"evaluate-{passages}",
