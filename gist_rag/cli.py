@@ -376,6 +376,9 @@ def ttft(
 @bench.command("precompute")
 def precompute_cost(
     passages: Annotated[int, typer.Option(help="Passages to time.")] = 6,
+    compressor: Annotated[
+        list[str] | None, typer.Option(help="Repeatable: timed beside the presets.")
+    ] = None,
     model: Model = DEFAULT_RAG_MODEL,
     ratio: Annotated[float, typer.Option(help="Tokens per kept slot.")] = 8.0,
     dtype: Dtype = None,
@@ -386,7 +389,9 @@ def precompute_cost(
         from gist_rag.evaluate.precompute import bench_precompute
 
         with _loading(model):
-            result = bench_precompute(passages, model=model, ratio=ratio, dtype=dtype)
+            result = bench_precompute(
+                passages, compressors=compressor or (), model=model, ratio=ratio, dtype=dtype
+            )
         _show_rows(result, as_json)
 
 

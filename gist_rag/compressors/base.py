@@ -337,7 +337,7 @@ class Compressor(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, backbone: Backbone) -> Self:
-        """Read what ``save_pretrained`` wrote.
+        """Read what ``save_pretrained`` wrote, to be used and not to be trained.
 
         Raises:
             UnknownCompressor: the folder holds another method, or none.
@@ -355,7 +355,7 @@ class Compressor(nn.Module):
         if weights.exists():
             compressor.load_state_dict(load_file(weights))
         compressor.folder = Path(folder).resolve()
-        return compressor.to(backbone.device)
+        return compressor.to(backbone.device).requires_grad_(False)
 
 
 class TrainedConfig(CompressorConfig):

@@ -1,9 +1,11 @@
-"""``bench precompute``: seconds per passage of each preset, beside one plain prefill of it."""
+"""``bench precompute``: seconds per passage of each preset, and of trained compressors, beside one
+plain prefill of it."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ PRESETS = ("fast", "balanced", "thorough", "best")
 def bench_precompute(
     passages: int = 6,
     *,
+    compressors: Sequence[str] = (),
     model: str = DEFAULT_MODEL,
     ratio: float = 8.0,
     dtype: str | None = None,
@@ -29,6 +32,7 @@ def bench_precompute(
 
     Args:
         passages: how many to time, after one that warms up.
+        compressors: names or folders that are timed beside the presets.
 
     Raises:
         BadInput: more passages than the sample has.
@@ -41,6 +45,8 @@ def bench_precompute(
     for preset in PRESETS:
         settings = {"ratio": ratio, "preset": preset}
         arms[preset] = make_compressor("attention_matching", backbone, settings)
+    for name in compressors:
+        arms[name] = make_compressor(name, backbone, {"ratio": ratio})
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     tokens = []
     for number, passage in enumerate(sample[: passages + 1]):

@@ -114,6 +114,7 @@ class GistStudent(Student):
         super().__init__(backbone, config, reader)
         settings = {"ratio": config.ratios[0], **config.settings}
         self.compressor: Compressor = make_compressor(config.method, backbone, settings)
+        self.compressor.requires_grad_(True)  # off, where it goes on from a folder
         if not list(self.compressor.parameters()):
             raise BadInput(f"{config.method} has nothing to train")
         known = {**self.compressor.loss_weights, MATCH: 0.0}

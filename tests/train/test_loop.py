@@ -87,6 +87,16 @@ def test_what_was_trained_loads_by_folder(settings: dict[str, Any]) -> None:
     assert state.ratio == pytest.approx(4, rel=0.3)
 
 
+def test_a_trained_folder_can_go_on(settings: dict[str, Any], tmp_path: Path) -> None:
+    run(settings, steps=1)
+    first = weights(settings["out"])
+    again = settings | {"method": str(settings["out"]), "out": tmp_path / "again"}
+    run(again, steps=2)
+    later = weights(tmp_path / "again")
+    assert first.keys() == later.keys()
+    assert any(not torch.equal(first[name], later[name]) for name in first)
+
+
 def test_the_teacher_is_the_plain_model(settings: dict[str, Any]) -> None:
     """A run changes its own parameters only: the model it borrowed is as it was."""
     from gist_rag.train.students import GistStudent
