@@ -14,6 +14,7 @@ QUALITY := benchmarks/quality/results
 EVALUATE = $(BIN)/gist-rag evaluate --task $(TASK) --dtype bfloat16
 PLAIN = $(EVALUATE) --model smollm2-135m-instruct
 RATIOS := 2 4 8 16
+WORKERS ?= 2
 CONTROLS := truncated strided mean_pooled attention_matching
 COMMA := ,
 REFINED := attention_matching@8,attention_matching@16,attention_matching@32
@@ -30,8 +31,8 @@ help: ## show this list
 demo: .venv/.demo ## compress a small corpus, then ask through LangChain and LlamaIndex
 	$(BIN)/gist-rag demo
 
-test: .venv/.dev ## run the tests
-	$(BIN)/pytest
+test: .venv/.dev ## run the tests, in WORKERS processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 check: .venv/.dev ## lint, format and types
 	$(BIN)/ruff check .
