@@ -63,7 +63,7 @@ class Focus:
     def chosen(self, likelihoods: Tensor) -> list[int]:
         """Places of the passages to be read, of ``likelihoods`` ``(P,)``, in prompt order."""
         near = likelihoods >= likelihoods.max() - self.margin
-        return sorted(place for place in best(likelihoods, self.passages) if near[place])
+        return sorted(place for place in _best(likelihoods, self.passages) if near[place])
 
     def candidates(self, count: int) -> list[list[int]]:
         """Readings of ``count`` passages from which ``readings`` chooses, as their places."""
@@ -117,10 +117,10 @@ class Expand:
 
     def chosen(self, likelihoods: Tensor) -> list[int]:
         """Places of the passages to be read as text, of ``likelihoods`` ``(P,)``."""
-        return best(likelihoods, self.passages)
+        return _best(likelihoods, self.passages)
 
 
-def best(likelihoods: Tensor, count: int) -> list[int]:
+def _best(likelihoods: Tensor, count: int) -> list[int]:
     """Places of the likeliest, the best first."""
     places: list[int] = likelihoods.topk(min(count, len(likelihoods))).indices.tolist()
     return places

@@ -121,8 +121,7 @@ class AttentionMatching(Compressor):
         """Select and fit the slots of one passage."""
         scaling = self.backbone.scaling
         queries, (keys, values) = repeat.asked(row), repeat.kv(row)
-        prefix_keys, prefix_values = repeat.prefix_kv
-        scores, share = score_keys(queries, prefix_keys, keys, scaling, self.config.score)
+        scores, share = score_keys(queries, repeat.prefix_kv[0], keys, scaling, self.config.score)
         pools = {"global": 1, "layer": self.backbone.num_layers, "head": len(scores)}
         keep = best_slots(scores, self.config.ratio, pools[self.config.budget])
         plain = full.keys.float().view_as(keys)  # before RoPE
@@ -134,11 +133,7 @@ class AttentionMatching(Compressor):
             )
             kept = Kept(kept.keys, fitted, mass.log())
         if self.config.refine == "heads" and self.config.steps:
-            target = Target.of(
-                queries[:, :: -(-queries.shape[1] // REFINE_QUERIES)] * scaling,
-                (prefix_keys, prefix_values),
-                (keys, values),
-            )
+            target = self._repeater.target(repeat, row, REFINE_QUERIES)
             rotary = self.backbone.rotary(offsets + len(repeat.prefix))
             kept = refine(kept, keep, target, rotary, self.config.steps, self.config.lr)
         return replace(
