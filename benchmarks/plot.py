@@ -246,8 +246,8 @@ def fill_readme() -> None:
         "- **Of the nine published methods one ships trained**, `trim_kv-4x`: one prefill per "
         f"passage and {_kept(at_trained(4))} kept at 4x ({_found(trained['trim_kv-4x@4'])} right), "
         f"{_kept(at_trained(8))} at 8x; without training, `attention_matching` keeps "
-        f"{_kept(at(one, 4))} and {_kept(at(one, 8))}. The others train and serve, and a CPU's "
-        "minutes were not enough to make them better than the controls "
+        f"{_kept(at(one, 4))} and {_kept(at(one, 8))}. All train and "
+        "serve; two others had a CPU's minutes too, which did not make them better than the controls "
         "([docs/methods.md](docs/methods.md)).",
     )
 
