@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -289,7 +290,7 @@ def evaluate(
         with _bar("questions") as progress:
             result = run(config, progress, partial(_replace, out))
         rows = [{"arm": arm, **row} for arm, row in result["arms"].items()]
-        console.print(_table([{**row, **row.pop("scores", {})} for row in rows]))
+        _print_rows([{**row, **row.pop("scores", {})} for row in rows])
 
 
 @app.command()
@@ -655,7 +656,7 @@ def _show_rows(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         _print_json(result)
     else:
-        console.print(_table(result["results"]))
+        _print_rows(result["results"])
 
 
 def _echo(lines: Iterable[str]) -> None:
@@ -671,11 +672,18 @@ def _say(text: str, style: str = "") -> None:
     messages.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> Table:
+def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """As a table, or, where that is wider than the terminal, as a line for each."""
     table = Table(*(rows[0] if rows else ()))
     for row in rows:
         table.add_row(*map(str, row.values()))
-    return table
+    unbounded = console.options.update(max_width=10_000)
+    if Measurement.get(console, unbounded, table).maximum <= console.width:
+        console.print(table)
+        return
+    for row in rows:
+        (_, name), *fields = row.items()
+        typer.echo(f"{name}: " + ", ".join(f"{field} {value}" for field, value in fields))
 
 
 def _precompute_lines(report: dict[str, Any]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from gist_rag.cli import COMPRESSOR, app
@@ -377,7 +378,17 @@ def test_evaluate_writes_a_result_file(run: Run, tiny_model_folder: Path, tmp_pa
     assert set(json.loads(out.read_text())["arms"]) == {"closed", "full", "strided"}
 
 
-def test_evaluate_writes_a_probes_scores(run: Run, tiny_model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("columns", "line"), [(60, "strided: n 2, nll "), (400, "│ strided ")])
+def test_evaluate_writes_a_probes_scores(
+    run: Run,
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    columns: int,
+    line: str,
+) -> None:
+    """A table that the terminal is too narrow for becomes a line for each arm."""
+    monkeypatch.setattr("gist_rag.cli.console", Console(width=columns))
     out = tmp_path / "out.json"
     result = run(
         "evaluate", "--probe", "punctuation", "--limit", 2, "--model", tiny_model_folder,
@@ -387,6 +398,7 @@ def test_evaluate_writes_a_probes_scores(run: Run, tiny_model_folder: Path, tmp_
     arms = json.loads(out.read_text())["arms"]
     assert set(arms["strided"]["scores"]) == {"with", "without"}
     assert "without" in result.stdout
+    assert line in result.stdout
 
 
 @pytest.mark.parametrize(
