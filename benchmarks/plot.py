@@ -63,7 +63,7 @@ def draw_quality(results: list[dict[str, Any]]) -> None:
         for result in (r for r in results if r["meta"]["passages"] == count):
             for arm, scores in result["arms"].items():
                 name, ratio, how, many = astuple(Arm.parse(arm, result["meta"]["ratio"]))
-                if name in COLOURS:
+                if name in COLOURS and ratio:
                     preset = result["meta"]["settings"].get("preset", "")
                     own = preset if name == result["meta"]["compressor"] else ""
                     own = f"{many} {HOW[how]}" if how else own

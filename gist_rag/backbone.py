@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from gist_rag.attention import ATTENTION, Reading
+from gist_rag.attention import ATTENTION, Reading, kernels_of
 from gist_rag.constrain import Follower, Grammars
 from gist_rag.errors import BadInput, ContextOverflow, UnsupportedBackbone
 from gist_rag.layout import Slots
@@ -719,6 +719,12 @@ class Opened:
         """
         chosen = torch.tensor(rows, device=self.logits.device)
         return Opened(self.step.select(chosen, slots), self.logits[chosen], mixture)
+
+    @property
+    def kernels(self) -> str:
+        """What reads the gists: ``triton`` or ``reference``."""
+        reading = self.step.reading
+        return "reference" if reading is None else kernels_of(reading.slots)
 
     @property
     def entropy(self) -> Tensor:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
 
 import typer
 from rich.console import Console
-from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -678,7 +677,7 @@ def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(*map(str, row.values()))
     unbounded = console.options.update(max_width=10_000)
-    if Measurement.get(console, unbounded, table).maximum <= console.width:
+    if console.measure(table, options=unbounded).maximum <= console.width:
         console.print(table)
         return
     for row in rows:

@@ -454,7 +454,7 @@ class GistEngine:
                 for row in sorted(ended):
                     i = going.pop(row)
                     plan = opening.plans[row]
-                    stats = fetched.stats(i, plan, clock.times_in_all(), opening.kernels)
+                    stats = fetched.stats(i, plan, clock.times_in_all(), opening.opened.kernels)
                     passages = [self._passage(known) for known in plan.known]
                     pieces.append((i, Chunk(*rows[i].finish(stats, passages))))
                 stopped = set(range(len(alive))) - going.keys()

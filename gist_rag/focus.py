@@ -77,12 +77,12 @@ class Focus:
         if not self.apart:
             return [places], likelihoods.new_zeros(1)
         weights = (likelihoods[places] / self.temperature).log_softmax(0)
-        readings = [[place] for place in places]
-        if self.together and len(likelihoods) > 1:
-            readings.append([*range(len(likelihoods))])
+        candidates = self.candidates(len(likelihoods))
+        common = candidates[len(likelihoods) :]
+        if common:
             both = weights.new_tensor([1 - self.together, self.together]).log()
             weights = torch.cat((weights + both[0], both[1:]))
-        return readings, weights
+        return [candidates[place] for place in places] + common, weights
 
 
 def make_focus(focus: Focus | int | None = None, apart: int | None = None) -> Focus | None:

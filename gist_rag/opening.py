@@ -16,7 +16,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from gist_rag.attention import kernels_of
 from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
 from gist_rag.compose import Placed, Positions, arrange, compose
 from gist_rag.focus import Expand, Focus, log_likelihoods
@@ -71,12 +70,10 @@ class Opening:
 
     Attributes:
         plans: what was read of each prompt.
-        kernels: which kernels read the gists.
     """
 
     plans: list[Plan]
     opened: Opened
-    kernels: str
 
 
 class Opener:
@@ -183,20 +180,16 @@ class Opener:
         lap("compose_ms")
         apart = len(plans) > len(prompts)
         counts = [plan.end for plan in plans] if apart else None
-        opened, slots = (
-            self.backbone.open(context, texts, self.reader, counts=counts),
-            context.slots,
-        )
+        opened = self.backbone.open(context, texts, self.reader, counts=counts)
         if apart:
-            prompts, rows, opened, slots = self._select(prompts, rows, opened)
+            prompts, rows, opened = self._select(prompts, rows, opened)
         joined = zip(rows, prompts, strict=True)
         whole = [Plan.joined(one, prompt.expanded) for one, prompt in joined]
-        kernels = "reference" if slots is None else kernels_of(slots)
-        return list(prompts), Opening(whole, opened, kernels)
+        return list(prompts), Opening(whole, opened)
 
     def _select(
         self, prompts: Sequence[_Chosen], rows: Sequence[Sequence[Plan]], opened: Opened
-    ) -> tuple[list[_Chosen], list[list[Plan]], Opened, Slots | None]:
+    ) -> tuple[list[_Chosen], list[list[Plan]], Opened]:
         """Go on with those of each prompt's rows that matter."""
         assert self.focus is not None
         assert opened.likelihoods is not None
@@ -218,7 +211,7 @@ class Opener:
             first += len(one)
         slots = self._compose([plan for one in kept for plan in one])
         mixture = Mixture(_owner(kept), torch.cat(weights))
-        return judged, kept, opened.select(places, slots, mixture), slots
+        return judged, kept, opened.select(places, slots, mixture)
 
     def _doubtful(self, opening: Opening) -> list[int]:
         """Prompts whose gists leave a doubt."""

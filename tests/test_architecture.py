@@ -128,7 +128,6 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
         8,
         frozenset(
             {
-                "gist_rag.attention",
                 "gist_rag.backbone",
                 "gist_rag.compose",
                 "gist_rag.focus",

@@ -206,13 +206,13 @@ def forward_passes(tiny_engine: GistEngine, monkeypatch: pytest.MonkeyPatch) -> 
     """How many prompts each forward pass of the model reads from here on."""
     tiny_engine.check_model()
     sizes: list[int] = []
-    forward = tiny_engine.backbone._forward
+    read = tiny_engine.backbone._hidden
 
-    def counted(step: Any, num_logits: int) -> Any:
+    def counted(step: Any) -> Any:
         sizes.append(len(step.ids))
-        return forward(step, num_logits)
+        return read(step)
 
-    monkeypatch.setattr(tiny_engine.backbone, "_forward", counted)
+    monkeypatch.setattr(tiny_engine.backbone, "_hidden", counted)
     return sizes
 
 

@@ -134,7 +134,7 @@ class AttentionMatching(Compressor):
             kept = Kept(kept.keys, fitted, mass.log())
         if self.config.refine == "heads" and self.config.steps:
             target = self._repeater.target(repeat, row, REFINE_QUERIES)
-            rotary = self.backbone.rotary(offsets + len(repeat.prefix))
+            rotary = self.backbone.rotary(offsets + len(self._repeater.prefix))
             kept = refine(kept, keep, target, rotary, self.config.steps, self.config.lr)
         return replace(
             full.select(keep.flatten()),

@@ -28,7 +28,6 @@ class Repeat:
     """The repeat pass of a batch.
 
     Attributes:
-        prefix: of every passage.
         context: prefix and uncompressed passages.
         texts: instruction and passage, ``Q_b`` tokens each.
         num_tokens: passage tokens of each row.
@@ -36,7 +35,6 @@ class Repeat:
         hidden: ``(L + 1, B, Q, E)`` residual streams.
     """
 
-    prefix: Prefix
     context: Context
     texts: list[Local]
     num_tokens: list[int]
@@ -61,10 +59,11 @@ class Repeat:
         )
         return keys, values
 
-    @property
+    @cached_property
     def prefix_kv(self) -> tuple[Tensor, Tensor]:
-        """Keys after RoPE and values ``(L * H, P, D)``."""
-        return self.prefix.keys.flatten(0, 1).float(), self.prefix.values.flatten(0, 1).float()
+        """Keys after RoPE and values ``(L * H, P, D)`` of what stands before every passage."""
+        prefix = self.context.prefixes[0]
+        return prefix.keys.flatten(0, 1).float(), prefix.values.flatten(0, 1).float()
 
 
 class Repeater:
@@ -101,7 +100,6 @@ class Repeater:
         context = self.context(states)
         hidden, positions = self.backbone.trace(context, texts)
         return Repeat(
-            prefix=self.prefix,
             context=context,
             texts=texts,
             num_tokens=[len(ids) for ids in passages],

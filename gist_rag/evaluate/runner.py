@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local, Prefix
 from gist_rag.compose import DEFAULT_POSITIONS, Placed, Positions, arrange, compose
-from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
+from gist_rag.compressors import COMPRESSORS, DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.errors import BadInput
 from gist_rag.evaluate import metrics
 from gist_rag.evaluate.environment import environment
@@ -41,6 +41,8 @@ from gist_rag.reader import Reader, load_backbone
 from gist_rag.types import GistState
 
 TEXT_ARMS = ("closed", "full", "truncated")
+UNTRAINED = {*TEXT_ARMS, "reuse", *COMPRESSORS}
+"""Arms that have no ratio of their own."""
 GROUP = 16
 """Questions whose answers are generated together."""
 
@@ -187,13 +189,14 @@ class Arm:
     """``name@ratio``, and perhaps ``how`` the ``many`` passages that matter most are read."""
 
     name: str
-    ratio: float
+    ratio: float | None
     how: str = ""
     many: int = 0
 
     @classmethod
     def parse(cls, text: str, ratio: float) -> Self:
-        """From its text, with the ratio of those that name none.
+        """From its text, with the ratio of those that name none; trained compressors then have
+        their own, ``None``.
 
         Raises:
             BadInput: no ratio, or no number of passages, where there should be one; or passages to
@@ -202,7 +205,8 @@ class Arm:
         front, how, many = re.fullmatch(r"(.*?)(?:([:~^+])([^:~^+]*))?", text, re.S).groups("")  # type: ignore[union-attr]
         name, _, given = front.partition("@")
         try:
-            arm = cls(name, float(given or ratio), how, int(many) if how else 0)
+            default = ratio if name in UNTRAINED else None
+            arm = cls(name, float(given) if given else default, how, int(many) if how else 0)
         except ValueError as error:
             raise BadInput(
                 f"arm {text!r} is not name or name@ratio, perhaps with :n, ~n, ^n or +n behind it"
@@ -220,7 +224,7 @@ class Arm:
         return Focus(self.many, apart=self.how != ":", together=together)
 
     @property
-    def gists(self) -> tuple[str, float]:
+    def gists(self) -> tuple[str, float | None]:
         """Which gists it reads, some or all of them."""
         return self.name, self.ratio
 
@@ -241,7 +245,8 @@ class _Arms:
         if arm.name == "reuse":
             return make_compressor("full", self.backbone)
         own = self.config.settings if arm.name == self.config.compressor else {}
-        return make_compressor(arm.name, self.backbone, {"ratio": arm.ratio, **own})
+        ratio = {} if arm.ratio is None else {"ratio": arm.ratio}
+        return make_compressor(arm.name, self.backbone, {**ratio, **own})
 
     def readings(self, example: Example) -> dict[str, list[_Reading]]:
         """Per arm, what one question reads: one prompt, or several that answer together."""
@@ -259,6 +264,7 @@ class _Arms:
                 found = likelihoods.get(arm.gists)
                 out[text] = self._gists(example, states[arm.gists], source, arm, found)
             elif arm.name == "truncated":
+                assert arm.ratio is not None
                 cut = [max(1, round(len(i) / arm.ratio)) for i in ids]
                 texts = [self._text(i[:n]) for i, n in zip(ids, cut, strict=True)]
                 out[text] = [self._plain(example.question, texts, sum(cut), source)]
@@ -268,7 +274,7 @@ class _Arms:
                 out[text] = [self._plain(example.question, (), 0, source)]
         return out
 
-    def _states(self, ids: Sequence[Tensor]) -> dict[tuple[str, float], list[GistState]]:
+    def _states(self, ids: Sequence[Tensor]) -> dict[tuple[str, float | None], list[GistState]]:
         shared: Tensor | None = None
         out = {}
         for key, compressor in self.compressors.items():

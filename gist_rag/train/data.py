@@ -73,6 +73,7 @@ class Examples:
                 f"{config.max_passage_tokens} tokens or fewer"
             )
         random.Random(config.seed).shuffle(self.questions)
+        self._questions = max(1, config.questions_per_context)  # of a context in a batch
         self._about: dict[str, list[Question]] = {}
         for question in self.questions:
             if len(question.gold) == 1:
@@ -86,7 +87,7 @@ class Examples:
         chance = random.Random(f"{self.config.seed}-{step}")
         count = chance.randint(*self.config.passages)
         ratio = chance.choice(self.config.ratios)
-        contexts = max(1, self.config.batch_size // max(1, self.config.questions_per_context))
+        contexts = max(1, self.config.batch_size // self._questions)
         batch: list[Example] = []
         for i in range(contexts):
             question = self.questions[(step * contexts + i) % len(self.questions)]
@@ -99,7 +100,7 @@ class Examples:
         others = [q for text in example.passages for q in self._about.get(text, ())]
         others = [q for q in others if q.text != example.question]
         chance.shuffle(others)
-        chosen = others[: max(0, self.config.questions_per_context - 1)]
+        chosen = others[: self._questions - 1]
         return [replace(example, question=q.text, answer=q.answers[0]) for q in chosen]
 
     def _example(self, question: Question, count: int, chance: random.Random) -> Example:

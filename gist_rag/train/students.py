@@ -117,11 +117,6 @@ class GistStudent(Student):
         self.compressor.requires_grad_(True)  # off, where it goes on from a folder
         if not list(self.compressor.parameters()):
             raise BadInput(f"{config.method} has nothing to train")
-        known = {**self.compressor.loss_weights, MATCH: 0.0}
-        if unknown := config.weights.keys() - known:
-            raise BadInput(
-                f"no loss term {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}"
-            )
         self.weights = {**self.compressor.loss_weights, **config.weights}
         self._full, self._repeater = Full(backbone), Repeater(backbone)
         self._targets: dict[str, Target] = {}
@@ -134,7 +129,7 @@ class GistStudent(Student):
         hidden = compressor.encode(passages)
         states = compressor.distil(hidden, passages)
         terms = compressor.passage_losses(Lesson(passages, hidden, states))
-        if MATCH in self.weights:
+        if MATCH in self.config.weights:
             terms[MATCH] = self._match(texts, passages, states)
         if self.config.questions_per_context:
             answers = self._answers(examples, dict(zip(texts, states, strict=True)))
@@ -143,7 +138,15 @@ class GistStudent(Student):
             raise BadInput(
                 f"{compressor.name} has no loss: ask questions, or give {MATCH} a weight"
             )
-        return _weighted(terms, self.weights)
+        return self._weighted(terms)
+
+    def _weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Raises ``BadInput`` where the run gives a weight to a term that is not there."""
+        if unknown := self.config.weights.keys() - terms.keys():
+            raise BadInput(
+                f"no loss term {', '.join(sorted(unknown))}; there are {', '.join(sorted(terms))}"
+            )
+        return {name: term * self.weights.get(name, 0.0) for name, term in terms.items()}
 
     def _answers(self, examples: Sequence[Example], states: Mapping[str, GistState]) -> Answers:
         """What student and teacher say."""
@@ -221,7 +224,7 @@ class ThoughtStudent(GistStudent):
             given.append(len(prompt))
         hidden = compressor.encode(ids, layouts)[-1]
         lm = compressor.language_loss(hidden, ids, layouts, given)
-        return _weighted({"lm": lm}, self.weights)
+        return self._weighted({"lm": lm})
 
     def _trace(self, example: Example) -> tuple[Tensor, list[Tensor]]:
         """Token ids of the prompt and of each thought; the last one ends with the end token."""
@@ -284,7 +287,3 @@ def _gisted(examples: Sequence[Example]) -> list[str]:
 
 def _equal_weights(answers: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.full((len(a),), 1 / (len(a) * len(answers))) for a in answers])
-
-
-def _weighted(terms: dict[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    return {name: term * weights.get(name, 0.0) for name, term in terms.items()}

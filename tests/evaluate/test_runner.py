@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gist_rag.backbone import Backbone, Local
+from gist_rag.compressors import make_compressor
 from gist_rag.errors import BadInput
 from gist_rag.evaluate.runner import EvaluateConfig, _Reading, answer_losses, evaluate
 from gist_rag.evaluate.tasks import NUM_CHOICES, load_task
@@ -178,3 +179,14 @@ def test_ttft_rows_have_all_parts(tiny_model_folder: Path) -> None:
         parts = row["match_ms"] + row["load_ms"] + row["compose_ms"] + row["read_ms"]
         assert parts == pytest.approx(row["ttft_gist_ms"], rel=0.2, abs=1)
         assert row["speedup"] == pytest.approx(row["ttft_text_ms"] / row["ttft_gist_ms"], rel=0.05)
+
+
+def test_a_trained_arm_has_its_own_ratio_unless_another_is_named(
+    tiny_model_folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    make_compressor("gisting", backbone, {"ratio": 2}).save_pretrained(tmp_path / "two")
+    arms = tuple(f"{tmp_path / 'two'}{ratio}" for ratio in ("", "@2", "@8"))
+    settings = {"task": QUESTIONS, "model": str(tiny_model_folder), "limit": 1, "ratio": 8}
+    result = evaluate(EvaluateConfig(arms=arms, **settings))["arms"]
+    own, two, eight = (result[arm]["kv_slots"] for arm in arms)
+    assert own == two > 3 * eight

@@ -125,7 +125,7 @@ def test_a_loss_that_is_no_number_stops_the_run(settings: dict[str, Any]) -> Non
 
 
 def test_a_loss_term_that_does_not_exist_is_named(settings: dict[str, Any]) -> None:
-    with pytest.raises(BadInput, match="no loss term mse; there are ce, kl, match"):
+    with pytest.raises(BadInput, match="no loss term mse; there are ce, kl"):
         run(settings, weights={"mse": 1.0})
 
 
