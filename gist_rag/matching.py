@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +28,7 @@ from operator import attrgetter
 
 from gist_rag.errors import BadInput
 from gist_rag.types import content_key, normalise
-from gist_rag.windows import ANCHOR, SPACELESS, WINDOW, Index, Place, place
+from gist_rag.windows import SPACELESS, WINDOW, Index, Place, heads, place
 
 MIN_CHARS = 48
 """Passages with fewer characters are not looked for in prompts."""
@@ -114,9 +114,8 @@ class PassageMatcher:
 
     def _candidates(self, folded: str) -> Iterator[Match]:
         """Spans that begin and measure as a known passage does, anchor by anchor."""
-        heads = [anchor.start() for anchor in ANCHOR.finditer(folded)]
-        heads = heads[: bisect_right(heads, len(folded) - WINDOW)]
-        for head, extents in self.index.extents(folded, heads).items() if heads else ():
+        found = heads(folded)
+        for head, extents in self.index.extents(folded, found).items() if found else ():
             for lead, length in sorted(extents, reverse=True):
                 start, end = head - lead, head - lead + length
                 if length - lead >= self.min_chars and _fits(folded, start, end):
