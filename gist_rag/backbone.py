@@ -144,6 +144,7 @@ class Backbone:
         self.tokenizer = tokenizer
         self.name = name or str(getattr(model.config, "_name_or_path", ""))
         self.lock = threading.RLock()
+        self._angles = (torch.empty(0), torch.empty(0))
 
         config = model.config
         self.num_layers: int = config.num_hidden_layers
@@ -350,6 +351,15 @@ class Backbone:
         cos, sin = self.model.model.rotary_emb(carrier, position_ids=flat)
         shape = (*positions.shape, self.head_dim)
         return cos.view(shape), sin.view(shape)
+
+    def angles(self, count: int) -> tuple[Tensor, Tensor]:
+        """The same, ``(n, D / 2)`` of all positions below ``count`` or more, kept in memory: both
+        halves of a head turn alike."""
+        if len(self._angles[0]) < count:
+            every = torch.arange(max(1024, 1 << (count - 1).bit_length()))
+            cos, sin = (x[:, : self.head_dim // 2].contiguous() for x in self.rotary(every))
+            self._angles = cos, sin
+        return self._angles
 
     def prefix(self, input_ids: Tensor) -> Prefix:
         """Exact KV of leading text ``(P,)``; an empty text gives an empty prefix."""

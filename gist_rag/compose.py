@@ -1,14 +1,14 @@
 """States > slots: give every passage its place in the prompt and rotate its keys there.
 
 ``place`` decides positions, ``compose`` does the work for a whole batch of prompts at once: one
-rotation and one scatter over all layers, heads and passages (``gist_rag_kernels.compose_kv``).
+launch over all layers, heads and passages (``gist_rag_kernels.compose_packed``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from gist_rag.backbone import Backbone, Local
 from gist_rag.errors import BadInput
 from gist_rag.layout import Slots
 from gist_rag.types import GistState
-from gist_rag_kernels import compose_kv
+from gist_rag_kernels import Composed, PackedKV, compose_kv, compose_packed
 
 Positions = Literal["parallel", "sequence"]
 """Where passages go that stand side by side. ``sequence``: one after the other, as in the text.
@@ -75,6 +75,9 @@ def arrange(
 def compose(batch: Sequence[Sequence[Placed]], backbone: Backbone) -> Slots | None:
     """Slots of a batch of prompts; ``None`` when no prompt has a passage.
 
+    Gists are read as they are stored, all in one launch; those that gradients flow to must be
+    floats.
+
     Args:
         batch: the placed states of each prompt, in prompt order.
 
@@ -87,34 +90,157 @@ def compose(batch: Sequence[Sequence[Placed]], backbone: Backbone) -> Slots | No
         return None
     for p in placed:
         _check(p.state, backbone)
-    device, dtype = backbone.device, backbone.dtype
-    states = [p.state.to(device, dtype) for p in placed]
-    keys = torch.cat([s.keys for s in states])
-    values = torch.cat([s.values for s in states])
-    bias = torch.cat([s.bias for s in states])
-    starts = torch.tensor([p.start for p in placed], device=device)
-    order = torch.tensor([i for prompt in batch for i in range(len(prompt))], device=device)
-    sizes = torch.tensor([s.num_slots for s in states], device=device)
-    positions = torch.cat([s.offsets for s in states]) + starts.repeat_interleave(sizes)
-    bank = _bank(states)
-    if bank is not None:  # it has no order, so no places either
-        positions = torch.zeros_like(positions)
-    destination, lengths = _destination(states, batch, backbone)
-    widths = tuple(lengths.amax((1, 2)).tolist())
-    total = len(batch) * backbone.num_heads * sum(widths)
-
-    cos, sin = backbone.rotary(positions)
-    keys, values = compose_kv(keys, values, cos, sin, destination, total)
+    nothing = Placed(placed[0].state.select(torch.zeros_like(placed[0].state.bias).bool()), 0)
+    batch = [prompt or [nothing] for prompt in batch]  # so that each prompt has rows
+    joined = _Joined.of(batch, backbone)
+    learnt = any(t.requires_grad for t in (joined.kv.keys, joined.kv.values, joined.bias))
+    composed = (_moved if learnt and torch.is_grad_enabled() else _grown)(joined, backbone)
+    assert composed.bias is not None
+    assert composed.order is not None
     return Slots(
-        keys=keys,
-        values=values,
-        bias=bias.new_full((total,), -torch.inf).index_copy(0, destination, bias),
-        order=order.new_zeros(total).index_copy(0, destination, order.repeat_interleave(sizes)),
-        lengths=lengths.to(torch.int32),
-        widths=widths,
+        keys=composed.keys,
+        values=composed.values,
+        bias=composed.bias,
+        order=composed.order,
+        lengths=joined.lengths.to(torch.int32),
+        widths=joined.widths,
         batch=len(batch),
         heads=backbone.num_heads,
-        bank=bank,
+        bank=joined.bank,
+    )
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """``P`` states of a batch of prompts one after the other, and where their rows go.
+
+    The result is one flat buffer in (layer, batch row, head, slot) order.
+
+    Attributes:
+        kv: keys and values, ``R = P * L * H`` rows.
+        bias, offsets: ``(M,)``.
+        starts, order: ``(P,)`` position of each state, and its place among those of its prompt.
+        end: the first position that no slot can have.
+        destination: ``(R,)`` where each row begins in the result.
+        room: ``(R,)`` how much of the result it fills: padding belongs to a prompt's last state.
+        lengths: ``(L, B, H)`` slots of each head of the result.
+        widths: its slots per head of each layer, padding included.
+        bank: see ``Slots``.
+    """
+
+    kv: PackedKV
+    bias: Tensor
+    offsets: Tensor
+    starts: Tensor
+    order: Tensor
+    end: int
+    destination: Tensor
+    room: Tensor
+    lengths: Tensor
+    widths: tuple[int, ...]
+    bank: float | None
+
+    @classmethod
+    def of(cls, batch: Sequence[Sequence[Placed]], backbone: Backbone) -> Self:
+        device, shape = backbone.device, (len(batch), backbone.num_layers, backbone.num_heads)
+        placed = [p for prompt in batch for p in prompt]
+        states = [p.state.to(device) for p in placed]
+        sizes = torch.tensor([len(prompt) for prompt in batch], device=device)
+        prompt = torch.repeat_interleave(sizes, output_size=len(placed))  # (P,)
+        last = sizes.cumsum(0) - 1
+        first = last - sizes + 1
+
+        lengths = torch.stack([state.lengths.long() for state in states])  # (P, L * H)
+        behind = lengths.cumsum(0)
+        earlier = behind - lengths
+        before = earlier - earlier[first][prompt]  # slots of a prompt's earlier states
+        total = (before + lengths)[last].view(shape)  # (B, L, H)
+        width = total.amax((0, 2))  # (L,)
+        layer = (width.cumsum(0) - width) * shape[0] * shape[2]
+        row = torch.arange(shape[0] * shape[2], device=device).view(shape[0], 1, shape[2])
+        begins = (layer[:, None] + row * width[:, None]).flatten(1)  # (B, L * H)
+        room = lengths.index_copy(0, last, width.repeat_interleave(shape[2]) - before[last])
+
+        bank = _bank(states)
+        offsets = torch.cat([state.offsets for state in states])
+        starts = [0 if bank is not None else p.start for p in placed]
+        return cls(
+            kv=_join(states, backbone.dtype),
+            bias=torch.cat([state.bias for state in states]),
+            # a bank has no order, so no places either
+            offsets=offsets if bank is None else torch.zeros_like(offsets),
+            starts=torch.tensor(starts, device=device),
+            order=torch.arange(len(placed), device=device) - first[prompt],
+            end=max(p.start + max(p.state.span, p.state.num_tokens) for p in placed),
+            destination=(begins[prompt] + before).flatten(),
+            room=room.flatten(),
+            lengths=total.transpose(0, 1),
+            widths=tuple(width.tolist()),
+            bank=bank,
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """Of the result, padding included."""
+        return sum(self.widths) * self.lengths[0].numel()
+
+
+def _join(states: Sequence[GistState], dtype: torch.dtype) -> PackedKV:
+    """Keys and values of all states; as they are stored where all are stored alike."""
+    if len({state.keys.dtype for state in states}) > 1:
+        states = [state.floats(dtype) for state in states]
+    edges = [states[0].rows[:1].long()]
+    for state in states:
+        edges.append(state.rows[1:] + edges[-1][-1])
+    key_scales = [s.key_scales for s in states if s.key_scales is not None]
+    value_scales = [s.value_scales for s in states if s.value_scales is not None]
+    return PackedKV(
+        keys=torch.cat([state.keys for state in states]),
+        values=torch.cat([state.values for state in states]),
+        rows=torch.cat(edges),
+        key_scales=torch.cat(key_scales) if key_scales else None,
+        value_scales=torch.cat(value_scales) if value_scales else None,
+    )
+
+
+def _grown(joined: _Joined, backbone: Backbone) -> Composed:
+    """Slots from stored gists, in one launch."""
+    return compose_packed(
+        joined.kv,
+        joined.offsets,
+        joined.starts,
+        *backbone.angles(joined.end),
+        joined.destination,
+        joined.num_slots,
+        dtype=backbone.dtype,
+        bias=joined.bias,
+        order=joined.order,
+        room=joined.room,
+    )
+
+
+def _moved(joined: _Joined, backbone: Backbone) -> Composed:
+    """The same with gradients, which takes an angle for each slot."""
+    lengths = joined.kv.rows.diff()
+    rank = torch.arange(len(joined.bias), device=lengths.device)
+    shift = joined.destination - joined.kv.rows[:-1]
+    slot = rank + shift.repeat_interleave(lengths)
+    state = torch.arange(len(joined.starts), device=lengths.device)
+    state = state.repeat_interleave(lengths.view(len(state), -1).sum(1))
+    keys, values = compose_kv(
+        joined.kv.keys.to(backbone.dtype),
+        joined.kv.values.to(backbone.dtype),
+        *backbone.rotary(joined.offsets + joined.starts[state]),
+        slot,
+        joined.num_slots,
+    )
+    nothing = joined.bias.new_full((joined.num_slots,), -torch.inf)
+    order = joined.order.new_zeros(joined.num_slots)
+    return Composed(
+        keys,
+        values,
+        nothing.index_copy(0, slot, joined.bias),
+        order.index_copy(0, slot, joined.order[state]),
     )
 
 
@@ -129,41 +255,8 @@ def _bank(states: Sequence[GistState]) -> float | None:
     return bank
 
 
-def _destination(
-    states: Sequence[GistState], batch: Sequence[Sequence[Placed]], backbone: Backbone
-) -> tuple[Tensor, Tensor]:
-    """Where each slot goes in the flat (layer, batch row, head, slot) buffer, and how many slots
-    each head has ``(L, B, H)``."""
-    layers, heads = backbone.num_layers, backbone.num_heads
-    lengths = torch.stack([s.lengths.long() for s in states])  # (states, L * H)
-    before = torch.zeros_like(lengths)  # slots of earlier passages of the same prompt and head
-    total = lengths.new_zeros(len(batch), layers * heads)
-    first = 0
-    for row, prompt in enumerate(batch):
-        last = first + len(prompt)
-        if prompt:
-            running = lengths[first:last].cumsum(0)
-            before[first:last], total[row] = running - lengths[first:last], running[-1]
-        first = last
-    lengths_of_rows = total.view(-1, layers, heads).transpose(0, 1)  # (L, B, H)
-    widths = lengths_of_rows.amax((1, 2))  # (L,)
-    layer_start = (widths.cumsum(0) - widths) * len(batch) * heads
-
-    device = lengths.device
-    prompt_of = torch.tensor([r for r, p in enumerate(batch) for _ in p], device=device)
-    layer = torch.arange(layers, device=device).repeat_interleave(heads)  # (L * H,)
-    head = torch.arange(heads, device=device).repeat(layers)
-    row_start = layer_start[layer] + (prompt_of[:, None] * heads + head) * widths[layer]
-    row_start = row_start + before  # (states, L * H), first slot of each state's row
-
-    flat = lengths.flatten()
-    rank = torch.arange(int(flat.sum()), device=device)
-    rank = rank - (flat.cumsum(0) - flat).repeat_interleave(flat)
-    return row_start.flatten().repeat_interleave(flat) + rank, lengths_of_rows
-
-
 def _check(state: GistState, backbone: Backbone) -> None:
-    given = (state.num_layers, state.num_heads, state.keys.shape[1])
+    given = (state.num_layers, state.num_heads, state.kv.head_dim)
     expected = (backbone.num_layers, backbone.num_heads, backbone.head_dim)
     if given != expected:
         raise BadInput(

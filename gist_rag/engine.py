@@ -351,7 +351,7 @@ class GistEngine:
     @torch.no_grad()
     def _compress(self, passages: Sequence[Tensor]) -> list[PackedState]:
         states = self.compressor.compress(passages)
-        return [pack(state.to("cpu"), self.codec) for state in states]
+        return [pack(state, self.codec) for state in states]
 
     # ---- answering
 
@@ -569,10 +569,7 @@ class GistEngine:
                 raise GistsRequired(
                     "gist_mode='require', but no passage of the prompt has a gist in this store"
                 )
-        states = {
-            content: unpack(state, device=str(self.backbone.device), dtype=self.backbone.dtype)
-            for content, state in packed.items()
-        }
+        states = {content: unpack(state, self.backbone.device) for content, state in packed.items()}
         sizes = {content: state.num_bytes for content, state in packed.items()}
         texts = [
             merge(s if isinstance(s, Text) or s.content in states else Text(s.text) for s in prompt)

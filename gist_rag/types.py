@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gist_rag.errors import BadInput
+from gist_rag_kernels import PackedKV, dequantise
 
 if TYPE_CHECKING:
     from gist_rag.constrain import Constraint
@@ -69,8 +70,8 @@ class GistState:
     Rows are (layer, KV head) pairs in layer-major order; slots of one row are contiguous.
 
     Attributes:
-        keys: ``(M, D)`` keys *before* RoPE.
-        values: ``(M, D)``.
+        keys: ``(M, D)`` keys *before* RoPE: floats, or as they are stored (``PackedKV``).
+        values: ``(M, D)``, as ``keys``.
         bias: ``(M,)`` log-mass added to the attention logit of a slot; zeros for plain slots.
         offsets: ``(M,)`` int32, place of each slot inside the passage.
         rows: ``(L * H + 1,)`` int32, where each row's slots begin and end.
@@ -80,6 +81,8 @@ class GistState:
         text: a verbalised gist, for models that can only be talked to.
         bank: the slots join no attention but a bank beside it (``Slots.bank``), which is read with
             this temperature; ``None`` for ordinary gists.
+        key_scales, value_scales: ``(L * H, D)`` and ``(M,)``, see ``PackedKV``; ``None`` for
+            floats.
     """
 
     keys: Tensor
@@ -92,6 +95,8 @@ class GistState:
     num_tokens: int
     text: str | None = None
     bank: float | None = None
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
     def __post_init__(self) -> None:
         slots = len(self.keys)
@@ -144,6 +149,11 @@ class GistState:
         return len(self.keys)
 
     @property
+    def kv(self) -> PackedKV:
+        """Keys and values as kernels take them."""
+        return PackedKV(self.keys, self.values, self.rows, self.key_scales, self.value_scales)
+
+    @property
     def num_heads(self) -> int:
         """``H``: KV heads of one layer."""
         return (len(self.rows) - 1) // self.num_layers
@@ -175,6 +185,7 @@ class GistState:
             self,
             keys=self.keys[keep],
             values=self.values[keep],
+            value_scales=None if self.value_scales is None else self.value_scales[keep],
             bias=self.bias[keep],
             offsets=self.offsets[keep],
             rows=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
@@ -194,16 +205,27 @@ class GistState:
         size = self.keys.shape[-1]
         return keys.view(*heads, size), values.view(*heads, size), bias.view(heads)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> GistState:
-        """Move to a device; ``dtype`` applies to keys and values, bias stays float32."""
+    def to(self, device: torch.device | str) -> GistState:
+        """On a device, as it is stored."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
         return replace(
             self,
-            keys=self.keys.to(device, dtype),
-            values=self.values.to(device, dtype),
-            bias=self.bias.to(device, torch.float32),
+            keys=self.keys.to(device),
+            values=self.values.to(device),
+            bias=self.bias.to(device),
             offsets=self.offsets.to(device),
             rows=self.rows.to(device),
+            key_scales=moved(self.key_scales),
+            value_scales=moved(self.value_scales),
         )
+
+    def floats(self, dtype: torch.dtype) -> GistState:
+        """With keys and values in a float dtype."""
+        keys, values = dequantise(self.kv, dtype)
+        return replace(self, keys=keys, values=values, key_scales=None, value_scales=None)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
     "gist_rag_kernels": (1, frozenset()),
     "gist_rag.errors": (1, frozenset()),
     "gist_rag.losses": (1, frozenset()),
-    "gist_rag.types": (2, frozenset({"gist_rag.errors"})),
+    "gist_rag.types": (2, frozenset({"gist_rag.errors", "gist_rag_kernels"})),
     "gist_rag.aio": (3, frozenset({"gist_rag.errors"})),
     "gist_rag.batching": (1, frozenset()),
     "gist_rag.constrain": (2, frozenset({"gist_rag.errors"})),
@@ -43,7 +43,10 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
         frozenset({"gist_rag.types", "gist_rag.errors", "gist_rag.jsonl"}),
     ),
     "gist_rag.sampling": (3, frozenset({"gist_rag.constrain", "gist_rag.types"})),
-    "gist_rag.store": (5, frozenset({"gist_rag.errors", "gist_rag.types", "gist_rag.windows"})),
+    "gist_rag.store": (
+        5,
+        frozenset({"gist_rag.errors", "gist_rag.types", "gist_rag.windows", "gist_rag_kernels"}),
+    ),
     "gist_rag.windows": (3, frozenset({"gist_rag.types"})),
     "gist_rag.tools": (
         3,

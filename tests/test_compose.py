@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from gist_rag.backbone import Backbone, Context, Local
 from gist_rag.compose import Placed, compose, place
 from gist_rag.compressors import make_compressor
 from gist_rag.errors import BadInput
+from gist_rag.store import pack, unpack
 from gist_rag.types import GistState, Passage, Sampling
 
 TOLERANCE = 1e-4
@@ -116,6 +119,29 @@ def test_a_batch_of_prompts_reads_as_each_alone(
         for row, (prefix, placed, text) in enumerate(prompts):
             alone = backbone.read(Context([prefix], compose([placed], backbone)), [text])[0]
             assert (together[row, -len(text.ids) :] - alone).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_stored_gists_are_composed_as_the_floats_they_stand_for(
+    backbone: Backbone, passages: list[Passage], codec: str
+) -> None:
+    """With gradients too; a prompt without passages gets its row of padding from both."""
+    matching = make_compressor("attention_matching", backbone, {"ratio": 4, "preset": "fast"})
+    with torch.no_grad():
+        states = matching.compress([backbone.tokenize(p.text) for p in passages[:3]])
+    stored = [unpack(pack(state, codec)) for state in states]
+    floats = [state.floats(torch.float32) for state in stored]
+    learnt = [replace(state, bias=state.bias.clone().requires_grad_()) for state in floats]
+    as_stored, as_floats, with_gradients, mixed = (
+        compose([place(s[:2], 7, "sequence")[0], [], place(s[2:], 1000, "sequence")[0]], backbone)
+        for s in (stored, floats, learnt, [stored[0], *floats[1:]])
+    )
+    assert with_gradients.bias.requires_grad
+    assert as_stored.widths == as_floats.widths == with_gradients.widths == mixed.widths
+    for name in ("keys", "values", "bias", "order", "lengths"):
+        expected = getattr(as_floats, name).float()
+        for other in (as_stored, with_gradients, mixed):
+            assert torch.allclose(getattr(other, name).detach().float(), expected, atol=1e-5), name
 
 
 def test_text_before_a_passage_does_not_see_it(backbone: Backbone, passages: list[Passage]) -> None:

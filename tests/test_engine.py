@@ -427,6 +427,7 @@ def test_the_gate_refuses_a_model_that_reads_gists_wrongly(
     engine = make_engine(settings={"ratio": 4})
     rotary = engine.backbone.rotary
     monkeypatch.setattr(engine.backbone, "rotary", lambda positions: rotary(positions * 2))
+    monkeypatch.setattr(engine.backbone, "_angles", (torch.empty(0), torch.empty(0)))
     with pytest.raises(GateFailed, match="cannot be read with gists"):
         engine.check_model()
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from gist_rag.errors import BadInput, CorruptEntry, FormatTooNew
 from gist_rag.types import GistState, PackedState
+from gist_rag_kernels import quantise
 
 FORMAT = 1
 MAGIC = b"GISTRAG\n"
@@ -61,13 +62,11 @@ class Codec:
 
     Attributes:
         layout: names, dtypes and shapes of the tensors that hold them.
-        encode: float32 keys and values ``(M, D)`` and row lengths ``(R,)`` > tensors.
-        decode: tensors and row lengths ``(R,)`` > keys and values ``(M, D)``, in a float dtype.
+        encode: float32 keys and values ``(M, D)`` and row edges ``(R + 1,)`` > tensors.
     """
 
     layout: _Layout
     encode: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
-    decode: Callable[[Mapping[str, Tensor], Tensor], tuple[Tensor, Tensor]]
 
 
 def pack(state: GistState, codec: str) -> PackedState:
@@ -96,7 +95,7 @@ def pack(state: GistState, codec: str) -> PackedState:
     _check_range("values", state.values, _LARGEST_KEY)
     _check_range("bias", state.bias, _LARGEST_BIAS)
     with torch.no_grad():
-        tensors = chosen.encode(state.keys.float(), state.values.float(), state.lengths.long())
+        tensors = chosen.encode(state.keys.float(), state.values.float(), state.rows)
     tensors["bias"] = state.bias.to(torch.float16)
     tensors["offsets"] = _narrow(state.offsets)
     tensors["rows"] = state.rows.to(torch.int32)
@@ -111,25 +110,18 @@ def pack(state: GistState, codec: str) -> PackedState:
     )
 
 
-def unpack(
-    packed: PackedState,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> GistState:
-    """Read a packed state; keys and values come in ``dtype``, the log-mass in float32.
+def unpack(packed: PackedState, device: torch.device | str = "cpu") -> GistState:
+    """A state whose keys and values are as they are stored; the log-mass comes in float32.
 
-    The tensors travel to ``device`` packed and grow there. Where nothing has to change they share
-    memory with ``packed``: read them, do not write into them.
+    On the CPU it shares memory with ``packed``: read it, do not write into it.
     """
     tensors = {name: tensor.to(device) for name, tensor in packed.tensors.items()}
-    rows = tensors["rows"]
-    keys, values = _codec(packed.codec).decode(tensors, rows.diff().long())
     return GistState(
-        keys=keys.to(dtype),
-        values=values.to(dtype),
-        bias=tensors["bias"].float(),
-        offsets=tensors["offsets"].to(torch.int32),
-        rows=rows,
+        **{
+            **tensors,
+            "bias": tensors["bias"].float(),
+            "offsets": tensors["offsets"].to(torch.int32),
+        },
         num_layers=packed.num_layers,
         span=packed.span,
         num_tokens=packed.num_tokens,
@@ -205,46 +197,21 @@ def num_slots(packed: PackedState) -> int:
     return len(packed.tensors["offsets"])
 
 
-def _encode_bf16(keys: Tensor, values: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+def _encode_bf16(keys: Tensor, values: Tensor, rows: Tensor) -> dict[str, Tensor]:
     return {"keys": keys.to(torch.bfloat16), "values": values.to(torch.bfloat16)}
 
 
-def _decode_bf16(tensors: Mapping[str, Tensor], lengths: Tensor) -> tuple[Tensor, Tensor]:
-    return tensors["keys"], tensors["values"]
-
-
-def _encode_int8(keys: Tensor, values: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+def _encode_int8(keys: Tensor, values: Tensor, rows: Tensor) -> dict[str, Tensor]:
     """A scale per row and channel for keys, whose channels differ; one per slot for values."""
-    row = torch.repeat_interleave(lengths)[:, None].expand_as(keys)
-    peaks = keys.new_zeros(len(lengths), keys.shape[1])
-    key_scales = _scales(peaks.scatter_reduce(0, row, keys.abs(), "amax"))  # (R, D)
-    value_scales = _scales(values.abs().amax(1))  # (M,)
+    packed = quantise(keys, values, rows)
+    assert packed.key_scales is not None
+    assert packed.value_scales is not None
     return {
-        "keys": _quantise(keys, key_scales.repeat_interleave(lengths, 0)),
-        "key_scales": key_scales,
-        "values": _quantise(values, value_scales[:, None]),
-        "value_scales": value_scales,
+        "keys": packed.keys,
+        "key_scales": packed.key_scales,
+        "values": packed.values,
+        "value_scales": packed.value_scales,
     }
-
-
-def _decode_int8(tensors: Mapping[str, Tensor], lengths: Tensor) -> tuple[Tensor, Tensor]:
-    key_scales = tensors["key_scales"].float().repeat_interleave(lengths, 0)  # (M, D)
-    value_scales = tensors["value_scales"].float()[:, None]
-    return tensors["keys"].float() * key_scales, tensors["values"].float() * value_scales
-
-
-def _scales(peaks: Tensor) -> Tensor:
-    """Steps of 1/127 of the peaks, in bfloat16 because float16 would lose tiny ones.
-
-    Rounding a step by 2**-8 clips the peak by less than half a step, so the bound of ``pack`` is
-    that of ordinary rounding.
-    """
-    return (peaks / 127).to(torch.bfloat16)
-
-
-def _quantise(x: Tensor, scales: Tensor) -> Tensor:
-    steps = scales.float()
-    return (x / torch.where(steps > 0, steps, 1.0)).round().clamp(-127, 127).to(torch.int8)
 
 
 CODECS: Mapping[str, Codec] = {
@@ -254,7 +221,6 @@ CODECS: Mapping[str, Codec] = {
             "values": ((torch.bfloat16,), "MD"),
         },
         encode=_encode_bf16,
-        decode=_decode_bf16,
     ),
     "int8": Codec(
         layout={
@@ -264,7 +230,6 @@ CODECS: Mapping[str, Codec] = {
             "value_scales": ((torch.bfloat16,), "M"),
         },
         encode=_encode_int8,
-        decode=_decode_int8,
     ),
 }
 

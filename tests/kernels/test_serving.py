@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from gist_rag.backbone import Backbone, Context, Local
-from gist_rag.compose import compose, place
+from gist_rag.compose import Placed, compose, place
 from gist_rag.compressors import make_compressor
+from gist_rag.layout import Slots
+from gist_rag.store import pack, unpack
 from gist_rag.types import GistState, Passage, Sampling
 
 
@@ -78,6 +80,28 @@ def test_reading_is_the_same(
     rows = len(prompts(backbone, states)[1][1].ids)
     assert torch.allclose(ours[0], plain[0], atol=1e-4)
     assert torch.allclose(ours[1, -rows:], plain[1, -rows:], atol=1e-4)  # the rest is padding
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_stored_gists_are_packed_and_composed_the_same(
+    backbone: Backbone, states: list[GistState], monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    batch = [[*place(states[:2], 5, "sequence")[0]], [], [*place(states[2:], 300, "sequence")[0]]]
+
+    def composed(kernels: str) -> Slots:
+        monkeypatch.setenv("GIST_RAG_KERNELS", kernels)
+        stored = [[Placed(unpack(pack(p.state, codec)), p.start) for p in row] for row in batch]
+        slots = compose(stored, backbone)
+        assert slots is not None
+        return slots
+
+    plain, ours = composed("reference"), composed("triton")
+    assert ours.widths == plain.widths
+    assert torch.equal(ours.lengths, plain.lengths)
+    assert torch.equal(ours.order, plain.order)
+    for name in ("keys", "values", "bias"):
+        assert torch.allclose(getattr(ours, name), getattr(plain, name), atol=1e-5), name
 
 
 @torch.no_grad()

@@ -28,10 +28,17 @@ class Composed(NamedTuple):
 
 
 def rotate(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE in float32 to ``keys (..., D)`` with ``cos`` and ``sin`` that broadcast to it."""
+    """Apply RoPE in float32 to ``keys (..., D)``.
+
+    Args:
+        cos, sin: broadcast to ``(..., D)``, or to ``(..., D / 2)`` where both halves turn alike.
+    """
     left, right = keys.float().chunk(2, dim=-1)
-    turned = torch.cat((-right, left), dim=-1)
-    return (keys.float() * cos + turned * sin).to(keys.dtype)
+    whole = cos.shape[-1] == keys.shape[-1]
+    left_cos, right_cos = cos.chunk(2, dim=-1) if whole else (cos, cos)
+    left_sin, right_sin = sin.chunk(2, dim=-1) if whole else (sin, sin)
+    turned = left * left_cos - right * left_sin, right * right_cos + left * right_sin
+    return torch.cat(turned, dim=-1).to(keys.dtype)
 
 
 def compose_kv(
@@ -70,23 +77,25 @@ def compose_packed(
 
     slot = place(row, _rank(lengths))
     position = base.long()[passage] + offsets.long()
-    keys, values = kv_quant.dequantise(packed, torch.float32)
-    cos, sin = (_whole(table, packed.head_dim)[position] for table in (cos, sin))
-    out.keys[slot] = rotate(keys, cos, sin).to(out.keys.dtype)
-    out.values[slot] = values.to(out.values.dtype)
+    floats = packed.keys.dtype if packed.bits == 16 else torch.float32
+    keys, values = kv_quant.dequantise(packed, floats)
+    rotated = rotate(keys.float(), cos[position], sin[position])
+    out.keys.index_copy_(0, slot, rotated.to(out.keys.dtype))
+    out.values.index_copy_(0, slot, values.to(out.values.dtype))
     if out.bias is not None and bias is not None:
-        out.bias[slot] = bias.float()
+        out.bias.index_copy_(0, slot, bias.float())
     if out.order is not None and order is not None:
-        out.order[slot] = order[passage].to(out.order.dtype)
+        out.order.index_copy_(0, slot, order[passage].to(out.order.dtype))
     if room is not None:
         rest = (room.long() - lengths).clamp(min=0)
         row = rows.repeat_interleave(rest)
         slot = place(row, lengths[row] + _rank(rest))
-        out.keys[slot], out.values[slot] = 0, 0
+        out.keys.index_fill_(0, slot, 0)
+        out.values.index_fill_(0, slot, 0)
         if out.bias is not None:
-            out.bias[slot] = -torch.inf
+            out.bias.index_fill_(0, slot, -torch.inf)
         if out.order is not None:
-            out.order[slot] = 0
+            out.order.index_fill_(0, slot, 0)
     return out
 
 
@@ -94,7 +103,3 @@ def _rank(counts: Tensor) -> Tensor:
     """``0, 1, .. counts[0] - 1, 0, 1, ..``: the place of each member within its group."""
     every = torch.arange(int(counts.sum()), device=counts.device)
     return every - (counts.cumsum(0) - counts).repeat_interleave(counts)
-
-
-def _whole(table: Tensor, size: int) -> Tensor:
-    return table if table.shape[1] == size else torch.cat((table, table), 1)

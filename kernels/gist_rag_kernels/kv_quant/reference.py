@@ -36,9 +36,9 @@ def quantise(
 
 
 def dequantise(packed: PackedKV, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    keys, values = load(packed.keys), load(packed.values)
     if packed.key_scales is None or packed.value_scales is None:
-        return keys.to(dtype), values.to(dtype)
+        return packed.keys.to(dtype), packed.values.to(dtype)
+    keys, values = load(packed.keys), load(packed.values)
     lengths = group_edges(packed.rows, packed.key_group).diff()
     key_scales = packed.key_scales.float().repeat_interleave(lengths, 0)  # (M, D)
     groups = packed.head_dim // packed.value_group
