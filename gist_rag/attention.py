@@ -1,8 +1,8 @@
 """Attention over gist slots and local tokens: what transformers calls in every layer.
 
 transformers hands keyword arguments of a model's forward pass down to a registered attention
-function, so composed gists travel as ``slots=``, and the decay of keys as ``log_beta=``. Without
-them the function is SDPA.
+function, so composed gists travel as ``slots=``, what a compress pass may see as ``seeing=``, and
+the decay of keys as ``log_beta=``. Without them the function is SDPA.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from gist_rag.layout import Slots
+from gist_rag.layout import Seeing, Slots
 from gist_rag_kernels import (
     Plan,
     RaggedSlots,
     choose,
+    gist_attention,
     plan_layers,
     ragged_slot_attention,
     retention_attention,
@@ -67,6 +68,7 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     slots: Reading | None = None,
+    seeing: Seeing | None = None,
     log_beta: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -76,6 +78,7 @@ def attend(
         query: ``(B, Hq, Q, D)``.
         key, value: ``(B, H, K, D)`` of the local tokens.
         attention_mask: ``(B, 1, Q, K)`` bool over the local tokens, or ``None`` for causal.
+        seeing: who sees whom, instead of a mask.
         log_beta: ``(L, B, H, K)`` decay per token of the local keys' weight, all layers.
 
     Returns:
@@ -92,6 +95,11 @@ def attend(
             scaling=scaling,
         )
         return faded.transpose(1, 2).contiguous(), None
+    if seeing is not None:
+        assert slots is None, "a passage with gists is read alone"
+        rule = (seeing.is_gist, seeing.local_from, seeing.gist_from, seeing.prefix)
+        seen = gist_attention(query, key, value, *rule, scaling=scaling, shift=seeing.shift)
+        return seen.transpose(1, 2).contiguous(), None
     if slots is None:
         result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs

@@ -29,11 +29,11 @@ from transformers import DynamicCache
 from gist_rag.attention import ATTENTION, Reading, kernels_of
 from gist_rag.constrain import Follower, Grammars
 from gist_rag.errors import BadInput, ContextOverflow, UnsupportedBackbone
-from gist_rag.layout import Slots
+from gist_rag.layout import Layout, Seeing, Slots, dense_mask
 from gist_rag.mixture import Mixture
 from gist_rag.sampling import Chooser
 from gist_rag.types import Sampling
-from gist_rag_kernels import rotate
+from gist_rag_kernels import choose, rotate
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -260,7 +260,7 @@ class Backbone:
         input_ids: Tensor,
         *,
         embeddings: Tensor | None = None,
-        mask: Tensor | None = None,
+        layouts: Sequence[Layout] | None = None,
         positions: Tensor | None = None,
         log_beta: Tensor | None = None,
     ) -> Tensor:
@@ -269,7 +269,7 @@ class Backbone:
         Args:
             input_ids: ``(B, S)``, right-padded; ignored where ``embeddings`` are given.
             embeddings: ``(B, S, E)`` input embeddings.
-            mask: ``(B, 1, S, S)`` bool, or ``None`` for causal.
+            layouts: who sees whom in each passage; default: causal.
             positions: ``(B, S)``; default ``0..S-1``.
             log_beta: ``(L, B, H, S)`` how much of a key's weight each later token leaves, causal
                 passes only; default: all.
@@ -281,8 +281,8 @@ class Backbone:
         arguments: dict[str, Any] = {"input_ids": input_ids.to(self.device)}
         if embeddings is not None:
             arguments = {"inputs_embeds": embeddings}
-        if mask is not None:
-            arguments["attention_mask"] = mask.to(self.device)
+        if layouts and not all(layout.is_causal for layout in layouts):
+            arguments |= self._rule(layouts, input_ids.shape[1])
         if log_beta is not None:
             arguments["log_beta"] = log_beta
         if positions is None:
@@ -291,6 +291,13 @@ class Backbone:
         with self.lock, _recorded(self.layers, stream):
             self.model.model(**arguments, position_ids=positions.to(self.device), use_cache=False)
         return torch.stack(stream)
+
+    def _rule(self, layouts: Sequence[Layout], size: int) -> dict[str, Any]:
+        """Who sees whom, as attention is told: by a mask, or by what a kernel makes of layouts."""
+        alike = len({layout.prefix for layout in layouts}) == 1
+        if alike and choose(self.model.lm_head.weight) == "triton":
+            return {"seeing": Seeing.of(layouts, size, self.device).shifted()}
+        return {"attention_mask": dense_mask(layouts, size).to(self.device)}
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
+
+from gist_rag_kernels import Shift, gist_shift, visibility
 
 NEVER = 1 << 30
 """A ``gist_from`` or ``local_from`` that hides all slots of the kind."""
@@ -145,12 +147,53 @@ class Layout:
 
     def mask(self) -> Tensor:
         """``(S, S)`` bool: row ``q`` may see column ``k``."""
-        slot = torch.arange(len(self))
-        q, k = slot[:, None], slot[None, :]
-        first = torch.where(
-            self.is_gist[None, :], self.gist_from[:, None], self.local_from[:, None]
-        )
-        return (k <= q) & ((k >= first) | (k < self.prefix))
+        seeing = Seeing.of([self], len(self))
+        return visibility(seeing.is_gist, seeing.local_from, seeing.gist_from, self.prefix)[0]
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """The visibility rule of a batch of layouts, for all layers of one pass.
+
+    Attributes:
+        is_gist: ``(B, S)`` bool.
+        local_from, gist_from: ``(B, S)``; padding has ``S``.
+        prefix: the same for all.
+        shift: how a kernel skips what nobody sees.
+    """
+
+    is_gist: Tensor
+    local_from: Tensor
+    gist_from: Tensor
+    prefix: int
+    shift: Shift | None = None
+
+    @classmethod
+    def of(cls, layouts: Sequence[Layout], size: int, device: torch.device | str = "cpu") -> Self:
+        """Of layouts that have one prefix, padded right to ``size``."""
+        (prefix,) = {layout.prefix for layout in layouts}
+        rows = [
+            torch.stack((layout.is_gist.long(), layout.local_from, layout.gist_from))
+            for layout in layouts
+        ]
+        padded = [
+            torch.nn.functional.pad(row, (0, size - row.shape[1]), value=size) for row in rows
+        ]
+        gist, local_from, gist_from = torch.stack(padded, 1).to(device)
+        return cls(gist == 1, local_from, gist_from, prefix)
+
+    def shifted(self) -> Self:
+        """With what a kernel needs."""
+        shift = gist_shift(self.is_gist, self.local_from, self.gist_from, self.prefix)
+        return replace(self, shift=shift)
+
+
+def dense_mask(layouts: Sequence[Layout], size: int) -> Tensor:
+    """``(B, 1, size, size)`` bool of layouts padded right; padding sees itself."""
+    mask = torch.eye(size, dtype=torch.bool).repeat(len(layouts), 1, 1)
+    for row, layout in zip(mask, layouts, strict=True):
+        row[: len(layout), : len(layout)] = layout.mask()
+    return mask[:, None]
 
 
 def window_ends(num_tokens: int, ratio: float) -> Tensor:

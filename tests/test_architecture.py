@@ -26,7 +26,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
     "gist_rag.constrain": (2, frozenset({"gist_rag.errors"})),
     "gist_rag.detokenize": (3, frozenset()),
     "gist_rag.jsonl": (2, frozenset({"gist_rag.errors"})),
-    "gist_rag.layout": (3, frozenset({"gist_rag.types", "gist_rag.errors"})),
+    "gist_rag.layout": (3, frozenset({"gist_rag.types", "gist_rag.errors", "gist_rag_kernels"})),
     "gist_rag.matching": (
         5,
         frozenset({"gist_rag.errors", "gist_rag.types", "gist_rag.windows"}),

@@ -234,20 +234,14 @@ class Compressor(nn.Module):
         """
         layouts = layouts or [self.layout(ids) for ids in passages]
         size = max(len(layout) for layout in layouts)
-        causal = all(layout.is_causal for layout in layouts)
         ids = torch.zeros(len(passages), size, dtype=torch.long)
         source, positions = torch.zeros_like(ids), torch.zeros_like(ids)
-        mask: Tensor | None = None
-        if not causal:  # padding sees itself
-            mask = torch.eye(size, dtype=torch.bool).repeat(len(passages), 1, 1)[:, None]
         for row, (tokens, layout) in enumerate(zip(passages, layouts, strict=True)):
             ids[row, : len(tokens)] = tokens
             source[row, : len(layout)] = layout.source
             positions[row, : len(layout)] = layout.position
-            if mask is not None:
-                mask[row, 0, : len(layout), : len(layout)] = layout.mask()
         if self.embeddings() is None:
-            return self.backbone.encode(ids, positions=positions, mask=mask)
+            return self.backbone.encode(ids, positions=positions, layouts=layouts)
         source = source.to(self.backbone.device)
         table = self.backbone.embed(ids)
         tokens_at = source.clamp_min(0)[..., None].expand(-1, -1, table.shape[-1])
@@ -259,7 +253,9 @@ class Compressor(nn.Module):
             source[..., None] < 0, torch.cat(starts).to(table.dtype)
         )
         with self.adapted((source < 0).float()):
-            return self.backbone.encode(ids, embeddings=embedded, positions=positions, mask=mask)
+            return self.backbone.encode(
+                ids, embeddings=embedded, positions=positions, layouts=layouts
+            )
 
     @torch.no_grad()
     def verbalise(self, states: Sequence[GistState], max_tokens: int = 64) -> list[str]:

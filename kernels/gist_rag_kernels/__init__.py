@@ -7,6 +7,7 @@ One folder per operation: ``op.py`` is what people call (shapes checked, impleme
 from gist_rag_kernels.compose_kv.op import compose_kv, compose_packed
 from gist_rag_kernels.compose_kv.reference import Composed, rotate
 from gist_rag_kernels.gist_attention.op import gist_attention
+from gist_rag_kernels.gist_attention.reference import visibility
 from gist_rag_kernels.gist_attention.shift import Shift, gist_shift
 from gist_rag_kernels.kv_quant.op import dequantise, quantise
 from gist_rag_kernels.kv_quant.packed import PackedKV
@@ -40,4 +41,5 @@ __all__ = [
     "rotate",
     "score_keys",
     "slot_attention",
+    "visibility",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from gist_rag.compressors import make_compressor
 from gist_rag.layout import Slots
 from gist_rag.store import pack, unpack
 from gist_rag.types import GistState, Passage, Sampling
+from gist_rag_kernels import gist_attention
 
 
 @pytest.fixture
@@ -53,6 +56,38 @@ def test_compressing_keeps_the_same_slots(
         assert torch.equal(ours.lengths, theirs.lengths)
         assert torch.allclose(ours.values, theirs.values, atol=1e-3)
         assert torch.allclose(ours.bias, theirs.bias, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["gist_pool", "unigist"])
+def test_passages_with_gists_among_them_are_encoded_the_same(
+    backbone: Backbone, passages: list[Passage], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """And gist embeddings learn the same from it; passages of two lengths."""
+    compressor = make_compressor(method, backbone, {"ratio": 4}).requires_grad_(True)
+    ids = [backbone.tokenize(p.text)[:n] for p, n in zip(passages[:2], (23, 14), strict=True)]
+    layers, found = [], []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        layers.append(args)
+        return gist_attention(*args, **kwargs)
+
+    monkeypatch.setattr("gist_rag.attention.gist_attention", counted)
+    for kernels in ("reference", "triton"):
+        monkeypatch.setenv("GIST_RAG_KERNELS", kernels)
+        compressor.zero_grad()
+        states = compressor.compress(ids)
+        sum(state.values.square().sum() for state in states).backward()
+        embeddings = compressor.embeddings()
+        assert embeddings is not None
+        assert embeddings.grad is not None
+        found.append((states, embeddings.grad.clone()))
+        assert len(layers) == (backbone.num_layers if kernels == "triton" else 0)
+    (plain, expected), (ours, grad) = found
+    for state, truth in zip(ours, plain, strict=True):
+        assert torch.allclose(state.keys, truth.keys, atol=1e-4)
+        assert torch.allclose(state.values, truth.values, atol=1e-4)
+    assert expected.abs().max() > 0
+    assert torch.allclose(grad, expected, atol=1e-4 * float(expected.abs().max()))
 
 
 @torch.no_grad()
