@@ -29,7 +29,7 @@ from transformers import DynamicCache
 from gist_rag.attention import ATTENTION, Reading, kernels_of
 from gist_rag.constrain import Follower, Grammars
 from gist_rag.errors import BadInput, ContextOverflow, UnsupportedBackbone
-from gist_rag.layout import Layout, Seeing, Slots, dense_mask
+from gist_rag.layout import Layout, Seeing, Slots
 from gist_rag.mixture import Mixture
 from gist_rag.sampling import Chooser
 from gist_rag.types import Sampling
@@ -293,11 +293,12 @@ class Backbone:
         return torch.stack(stream)
 
     def _rule(self, layouts: Sequence[Layout], size: int) -> dict[str, Any]:
-        """Who sees whom, as attention is told: by a mask, or by what a kernel makes of layouts."""
-        alike = len({layout.prefix for layout in layouts}) == 1
-        if alike and choose(self.model.lm_head.weight) == "triton":
-            return {"seeing": Seeing.of(layouts, size, self.device).shifted()}
-        return {"attention_mask": dense_mask(layouts, size).to(self.device)}
+        """Who sees whom, as attention is told: for a kernel by the layouts, else by a mask."""
+        seeing = Seeing.of(layouts, size, self.device)
+        if choose(seeing.is_gist) == "triton":
+            return {"seeing": seeing.shifted()}
+        itself = torch.eye(size, dtype=torch.bool, device=self.device)  # so padding sees something
+        return {"attention_mask": (seeing.mask() | itself)[:, None]}
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:

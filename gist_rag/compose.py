@@ -170,7 +170,7 @@ class _Joined:
             # a bank has no order, so no places either
             offsets=offsets if bank is None else torch.zeros_like(offsets),
             starts=torch.tensor(starts, device=device),
-            order=torch.arange(len(placed), device=device) - first[prompt],
+            order=(torch.arange(len(placed), device=device) - first[prompt]).to(torch.int32),
             end=max(p.start + max(p.state.span, p.state.num_tokens) for p in placed),
             destination=(begins[prompt] + before).flatten(),
             room=room.flatten(),

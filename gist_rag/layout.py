@@ -147,53 +147,45 @@ class Layout:
 
     def mask(self) -> Tensor:
         """``(S, S)`` bool: row ``q`` may see column ``k``."""
-        seeing = Seeing.of([self], len(self))
-        return visibility(seeing.is_gist, seeing.local_from, seeing.gist_from, self.prefix)[0]
+        return Seeing.of([self], len(self)).mask()[0]
 
 
 @dataclass(frozen=True)
 class Seeing:
-    """The visibility rule of a batch of layouts, for all layers of one pass.
+    """The visibility rule of a batch of layouts, padded right.
 
     Attributes:
         is_gist: ``(B, S)`` bool.
-        local_from, gist_from: ``(B, S)``; padding has ``S``.
-        prefix: the same for all.
-        shift: how a kernel skips what nobody sees.
+        local_from, gist_from: ``(B, S)``; ``S`` on padding.
+        prefix: ``(B,)``.
+        shift: how a kernel skips what is not seen; made once for all layers.
     """
 
     is_gist: Tensor
     local_from: Tensor
     gist_from: Tensor
-    prefix: int
+    prefix: Tensor
     shift: Shift | None = None
 
     @classmethod
     def of(cls, layouts: Sequence[Layout], size: int, device: torch.device | str = "cpu") -> Self:
-        """Of layouts that have one prefix, padded right to ``size``."""
-        (prefix,) = {layout.prefix for layout in layouts}
-        rows = [
-            torch.stack((layout.is_gist.long(), layout.local_from, layout.gist_from))
-            for layout in layouts
-        ]
-        padded = [
-            torch.nn.functional.pad(row, (0, size - row.shape[1]), value=size) for row in rows
-        ]
-        gist, local_from, gist_from = torch.stack(padded, 1).to(device)
-        return cls(gist == 1, local_from, gist_from, prefix)
+        """Of layouts padded to ``size`` slots."""
+        rule = torch.full((3, len(layouts), size), size)
+        for row, layout in enumerate(layouts):
+            given = layout.is_gist.long(), layout.local_from, layout.gist_from
+            rule[:, row, : len(layout)] = torch.stack(given)
+        is_gist, local_from, gist_from = rule.to(device)
+        prefix = torch.tensor([layout.prefix for layout in layouts], device=device)
+        return cls(is_gist == 1, local_from, gist_from, prefix)
 
     def shifted(self) -> Self:
         """With what a kernel needs."""
         shift = gist_shift(self.is_gist, self.local_from, self.gist_from, self.prefix)
         return replace(self, shift=shift)
 
-
-def dense_mask(layouts: Sequence[Layout], size: int) -> Tensor:
-    """``(B, 1, size, size)`` bool of layouts padded right; padding sees itself."""
-    mask = torch.eye(size, dtype=torch.bool).repeat(len(layouts), 1, 1)
-    for row, layout in zip(mask, layouts, strict=True):
-        row[: len(layout), : len(layout)] = layout.mask()
-    return mask[:, None]
+    def mask(self) -> Tensor:
+        """``(B, S, S)`` bool: row ``q`` may see column ``k``."""
+        return visibility(self.is_gist, self.local_from, self.gist_from, self.prefix)
 
 
 def window_ends(num_tokens: int, ratio: float) -> Tensor:

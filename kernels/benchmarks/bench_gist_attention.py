@@ -19,8 +19,8 @@ import torch
 from common import Run, arguments, both, bound_implementation, rotated
 from torch import Tensor
 
-from gist_rag_kernels import Shift, gist_attention, gist_shift
-from gist_rag_kernels.gist_attention.reference import visibility
+from gist_rag_kernels import Shift, gist_attention, gist_shift, visibility
+from gist_rag_kernels.gist_attention.shift import as_prefix
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Vectors = tuple[Tensor, Tensor, Tensor]
@@ -55,7 +55,7 @@ def measure(run: Run, tokens: int, ratio: int) -> None:
         mine = both(functools.partial(ours, given, prefix, shift), query, key, value, grad)
     run.check(f"gist_attention {tokens}/{ratio}", mine, truth, atol=6e-2, rtol=6e-2)
 
-    mask = visibility(*given, prefix)[:, None]
+    mask = visibility(*given, as_prefix(prefix, given[0]))[:, None]
     flops = 4.0 * int(mask.sum()) * heads * group * size
     candidates: dict[str, Attention] = {
         "triton": functools.partial(ours, given, prefix, shift),

@@ -58,11 +58,13 @@ def in_one(compressor: Compressor, before: Tensor, passage: Tensor, question: Te
     rows = torch.zeros(1, total)
     rows[0, first:last] = layout.is_gist if compressor.config.adapt == "gists" else 1.0
     with compressor.lora.active(rows) if rows.any() else nullcontext():
-        hidden = backbone.encode(
-            torch.zeros(1, total), embeddings=embedded[None], mask=mask[None, None],
-            positions=positions[None],
-        )  # fmt: skip
-    return backbone.logits(hidden[-1, 0, last:])
+        logits: Tensor = backbone.model(
+            inputs_embeds=embedded[None],
+            attention_mask=mask[None, None],
+            position_ids=positions[None],
+            use_cache=False,
+        ).logits
+    return logits[0, last:]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 from gist_rag.layout import NEVER, Layout
 from gist_rag_kernels import gist_attention, gist_shift
 from gist_rag_kernels.gist_attention import kernel, reference
+from gist_rag_kernels.gist_attention.shift import as_prefix
 
 # Triton's interpreter cuts to bfloat16 where a GPU rounds.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -55,7 +56,7 @@ def agree(
     given: Vectors,
     device: torch.device,
     *,
-    prefix: int = 0,
+    prefix: Tensor | int = 0,
     heads: int = 1,
     group: int = 2,
     size: int = 32,
@@ -67,7 +68,7 @@ def agree(
     out = gist_attention(*leaves, *given, prefix)
     ours = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
     leaves = [t.detach().float().requires_grad_() for t in (query, key, value)]
-    out = reference.gist_attention(*leaves, *given, prefix, size**-0.5)
+    out = reference.gist_attention(*leaves, *given, as_prefix(prefix, given[0]), size**-0.5)
     truth = [out.detach(), *torch.autograd.grad(out, leaves, grad.float())]
     for mine, true in zip(ours, truth, strict=True):
         assert mine.dtype == dtype
@@ -152,13 +153,13 @@ def test_windows_that_do_not_rise(device: torch.device) -> None:
 @given(
     slots=st.integers(1, 36),
     batch=st.integers(1, 2),
-    prefix=st.integers(0, 5),
+    prefix=st.tuples(st.integers(0, 5), st.integers(0, 5)),
     share=st.floats(0, 1),
     group=st.integers(1, 2),
     seed=st.integers(0, 99),
 )
 def test_any_shape(
-    slots: int, batch: int, prefix: int, share: float, group: int, seed: int
+    slots: int, batch: int, prefix: tuple[int, int], share: float, group: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
     given = (
@@ -167,7 +168,8 @@ def test_any_shape(
         torch.randint(0, slots + 5, (batch, slots)),
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    agree(given, device, prefix=prefix, group=group, size=16)
+    each = torch.tensor(prefix[:batch], device=device)
+    agree(given, device, prefix=each, group=group, size=16)
 
 
 def test_a_shift_is_made_once_for_all_layers(device: torch.device) -> None:
@@ -191,7 +193,7 @@ def test_shift_puts_gists_last_and_keeps_order() -> None:
 def test_until_is_behind_the_last_query_that_sees_a_key() -> None:
     given = vectors(Layout.interleave([3, 5, 9], raw_sees_gists=False))
     shift = gist_shift(*given, prefix=1)
-    mask = reference.visibility(*given, prefix=1)[0]
+    mask = reference.visibility(*given, torch.ones(1))[0]
     for kind, queries in enumerate((~given[0][0], given[0][0])):
         rows = (torch.arange(len(mask)) + 1)[:, None] * (mask & queries[:, None])
         last = rows.amax(0)
@@ -203,7 +205,7 @@ def test_misshapen_inputs_are_refused(device: torch.device) -> None:
     given = vectors(WINDOWS)
     query, key, value, _ = tensors(given, 2, 2, 32, torch.float32, device)
 
-    def refused(match: str, *inputs: Tensor, prefix: int = 0) -> None:
+    def refused(match: str, *inputs: Tensor, prefix: Tensor | int = 0) -> None:
         with pytest.raises(ValueError, match=match):
             gist_attention(*inputs, prefix=prefix)  # type: ignore[misc]
 
@@ -213,6 +215,7 @@ def test_misshapen_inputs_are_refused(device: torch.device) -> None:
     refused("float16", query.half(), key, value, *given)
     refused("gist_from", query, key, value, *given[:2], given[2][:, 1:])
     refused("prefix", query, key, value, *given, prefix=-1)
+    refused("prefix", query, key, value, *given, prefix=torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match="bool"):
         gist_shift(given[1], given[1], given[2])
     with pytest.raises(ValueError, match="must all be"):

@@ -58,12 +58,19 @@ def test_compressing_keeps_the_same_slots(
         assert torch.allclose(ours.bias, theirs.bias, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["gist_pool", "unigist"])
+@pytest.mark.parametrize(
+    ("method", "settings"), [("gist_pool", {}), ("unigist", {"window": 8, "sinks": 3})]
+)
 def test_passages_with_gists_among_them_are_encoded_the_same(
-    backbone: Backbone, passages: list[Passage], monkeypatch: pytest.MonkeyPatch, method: str
+    backbone: Backbone,
+    passages: list[Passage],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    settings: dict[str, int],
 ) -> None:
     """And gist embeddings learn the same from it; passages of two lengths."""
-    compressor = make_compressor(method, backbone, {"ratio": 4}).requires_grad_(True)
+    compressor = make_compressor(method, backbone, {"ratio": 4, **settings})
+    compressor.requires_grad_(True)
     ids = [backbone.tokenize(p.text)[:n] for p, n in zip(passages[:2], (23, 14), strict=True)]
     layers, found = [], []
 

@@ -289,7 +289,8 @@ def compose_packed(
 
 
 def compilations() -> list[Compilation]:
-    """Both directions of ``compose_kv``; packed gists of each width, padded and paged."""
+    """Both directions of ``compose_kv``; packed gists of each width, padded as an engine has them
+    and paged."""
     found = []
     floats = dict.fromkeys(("keys", "values", "out_keys", "out_values"), "*bf16")
     move = floats | {"cos": "*fp32", "sin": "*fp32", "destination": "*i64", "total": "i32"}
@@ -308,14 +309,14 @@ def compilations() -> list[Compilation]:
         ("u8", 128, True, 64),
         ("u8", 80, False, 0),
     ):
-        signature = dict.fromkeys(("rows", "base", "destination", "key_starts"), "*i64")
+        signature = dict.fromkeys(("rows", "base", "destination", "room", "key_starts"), "*i64")
         signature |= dict.fromkeys(("keys", "values"), f"*{stored}")
         signature |= dict.fromkeys(
             ("out_keys", "out_values", "key_scales", "value_scales"), "*bf16"
         )
         signature |= dict.fromkeys(("cos", "sin", "out_bias"), "*fp32")
-        signature |= {"offsets": "*i16", "rows": "*i32", "bias": "*fp16", "positions": "i32"}
-        signature |= dict.fromkeys(("order", "out_order", "room", "block_table"), "*i32")
+        signature |= {"bias": "*fp32", "positions": "i32"}
+        signature |= dict.fromkeys(("offsets", "order", "out_order", "block_table"), "*i32")
         signature |= {"rows_each": "i32:16", "page_size": "i32:16"}
         absent = ["room"] if paged else ["block_table"]
         absent += ["key_scales", "value_scales"] if stored == "bf16" else []
@@ -328,7 +329,7 @@ def compilations() -> list[Compilation]:
             "BITS": {"bf16": 16, "i8": 8, "u8": 4}[stored],
             "KEY_GROUP": group,
             "VALUE_GROUP": group // 2 or size,
-            "TABLE": size // 2 if paged else size,
+            "TABLE": size // 2,
             "SLOTS": BLOCK,
             "WIDTH": _width(size),
         }

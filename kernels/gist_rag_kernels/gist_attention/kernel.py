@@ -120,9 +120,9 @@ def forward_kernel(
     order,
     raws,
     first,
+    prefixes,
     scale,
     slots,
-    prefix,
     query_heads,
     of_gists,
     query_batch,
@@ -141,6 +141,7 @@ def forward_kernel(
     order += batch * slots
     raws += batch * (slots + 1)
     first += batch * slots
+    prefix = tl.load(prefixes + batch)
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     begin, end, num_raws = _block(raws, block, slots, BLOCK_M)
     if begin >= end:
@@ -219,9 +220,9 @@ def query_gradient_kernel(
     order,
     raws,
     first,
+    prefixes,
     scale,
     slots,
-    prefix,
     query_heads,
     of_gists,
     query_batch,
@@ -242,6 +243,7 @@ def query_gradient_kernel(
     order += batch * slots
     raws += batch * (slots + 1)
     first += batch * slots
+    prefix = tl.load(prefixes + batch)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     begin, end, num_raws = _block(raws, block, slots, BLOCK_M)
     if begin >= end:
@@ -316,9 +318,9 @@ def key_gradient_kernel(
     raws,
     first,
     until,
+    prefixes,
     scale,
     slots,
-    prefix,
     heads,
     of_gists,
     query_batch,
@@ -340,6 +342,7 @@ def key_gradient_kernel(
     raws += batch * (slots + 1)
     first += batch * slots
     until += batch * slots
+    prefix = tl.load(prefixes + batch)
     begin, end, num_raws = _block(raws, tl.program_id(0), slots, BLOCK_N)
     if begin >= end:
         return
@@ -416,9 +419,9 @@ class _GistAttention(torch.autograd.Function):
                 value,
                 out,
                 lse,
-                *(shift.order, shift.raws, shift.first),
+                *(shift.order, shift.raws, shift.first, shift.prefix),
                 scaling * LOG2E.value,
-                *(slots, shift.prefix, heads, batch * slots),
+                *(slots, heads, batch * slots),
                 *query.stride()[:3],
                 GROUP=heads // key.shape[1],
                 **head_constants(size),
@@ -448,8 +451,8 @@ class _GistAttention(torch.autograd.Function):
         tile = _tile("query_gradient", size, query.element_size())
         query_gradient_kernel[(triton.cdiv(slots, tile["BLOCK_M"]) + 1, batch * query_heads)](
             *(query, key, value, out, grad, lse, delta, d_query),
-            *(shift.order, shift.raws, shift.first),
-            *(scale, slots, shift.prefix, query_heads, batch * slots),
+            *(shift.order, shift.raws, shift.first, shift.prefix),
+            *(scale, slots, query_heads, batch * slots),
             *strides,
             GROUP=query_heads // heads,
             **head_constants(size),
@@ -458,8 +461,8 @@ class _GistAttention(torch.autograd.Function):
         tile = _tile("key_gradient", size, query.element_size())
         key_gradient_kernel[(triton.cdiv(slots, tile["BLOCK_N"]) + 1, batch * heads)](
             *(query, key, value, grad, lse, delta, d_key, d_value),
-            *(shift.order, shift.raws, shift.first, shift.until),
-            *(scale, slots, shift.prefix, heads, batch * slots),
+            *(shift.order, shift.raws, shift.first, shift.until, shift.prefix),
+            *(scale, slots, heads, batch * slots),
             *strides,
             GROUP=query_heads // heads,
             **head_constants(size),
@@ -512,8 +515,8 @@ def _job(kernel: str, size: int, dtype: str, *, hot: bool = True) -> Compilation
         ("query", "key", "value", "out", "grad", "d_query", "d_key", "d_value"), f"*{dtype}"
     )
     types |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32"}
-    types |= dict.fromkeys(("order", "raws", "first", "until"), "*i32")
-    types |= dict.fromkeys(("slots", "prefix", "query_heads", "heads", "of_gists"), "i32")
+    types |= dict.fromkeys(("order", "raws", "first", "until", "prefixes"), "*i32")
+    types |= dict.fromkeys(("slots", "query_heads", "heads", "of_gists"), "i32")
     types |= {
         f"{name}_{axis}": "i32:16"
         for name in ("query", "grad")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gist_rag_kernels.gist_attention import reference
-from gist_rag_kernels.gist_attention.shift import Shift, gist_shift
+from gist_rag_kernels.gist_attention.shift import Shift, as_prefix, gist_shift
 from gist_rag_kernels.runtime import choose
 
 
@@ -16,7 +16,7 @@ def gist_attention(
     is_gist: Tensor,
     local_from: Tensor,
     gist_from: Tensor,
-    prefix: int = 0,
+    prefix: Tensor | int = 0,
     *,
     scaling: float | None = None,
     shift: Shift | None = None,
@@ -33,7 +33,7 @@ def gist_attention(
         is_gist: ``(B, S)`` bool.
         local_from: ``(B, S)`` int. Padding has ``S`` or more here and in ``gist_from``.
         gist_from: ``(B, S)`` int.
-        prefix: leading slots that every later slot sees.
+        prefix: ``(B,)`` int, or one for all: leading slots that every later slot sees.
         scaling: factor of the logits; default ``D ** -0.5``.
         shift: ``gist_shift`` of the same vectors, made once for all layers.
 
@@ -43,7 +43,8 @@ def gist_attention(
     Raises:
         ValueError: shapes or dtypes do not agree.
     """
-    _check(query, key, value, is_gist, local_from, gist_from, prefix)
+    _check(query, key, value, is_gist, local_from, gist_from)
+    prefix = as_prefix(prefix, is_gist)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     if choose(query, key, value, is_gist) == "triton":
         from gist_rag_kernels.gist_attention import kernel
@@ -62,7 +63,6 @@ def _check(
     is_gist: Tensor,
     local_from: Tensor,
     gist_from: Tensor,
-    prefix: int,
 ) -> None:
     if query.dim() != 4 or key.dim() != 4 or value.shape != key.shape:
         raise ValueError(
@@ -80,5 +80,3 @@ def _check(
     for name, vector in named.items():
         if vector.shape != (batch, size):
             raise ValueError(f"{name} {tuple(vector.shape)} must be ({batch}, {size})")
-    if prefix < 0:
-        raise ValueError(f"prefix is {prefix}; it must be 0 or more")

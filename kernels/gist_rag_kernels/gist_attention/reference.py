@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 
-def visibility(is_gist: Tensor, local_from: Tensor, gist_from: Tensor, prefix: int) -> Tensor:
-    """``(B, S, S)`` bool: row ``q`` may see column ``k``."""
+def visibility(is_gist: Tensor, local_from: Tensor, gist_from: Tensor, prefix: Tensor) -> Tensor:
+    """``(B, S, S)`` bool: row ``q`` may see column ``k``; ``prefix (B,)``."""
     slot = torch.arange(is_gist.shape[1], device=is_gist.device)
     q, k = slot[:, None], slot[None, :]
     first = torch.where(is_gist[:, None, :], gist_from[:, :, None], local_from[:, :, None])
-    return (k <= q) & ((k >= first) | (k < prefix))
+    return (k <= q) & ((k >= first) | (k < prefix[:, None, None]))
 
 
 def gist_attention(
@@ -21,7 +21,7 @@ def gist_attention(
     is_gist: Tensor,
     local_from: Tensor,
     gist_from: Tensor,
-    prefix: int,
+    prefix: Tensor,
     scaling: float,
 ) -> Tensor:
     mask = visibility(is_gist, local_from, gist_from, prefix)[:, None]  # (B, 1, S, S)

@@ -24,24 +24,26 @@ class Shift:
         first: ``(2, B, S)`` int32, first raw slot and first gist that each original slot sees.
         until: ``(2, B, S)`` int32, behind the last raw query and the last gist query that may see
             each original slot as a key.
-        prefix: leading original slots that all later ones see.
+        prefix: ``(B,)`` int32, leading original slots that all later ones see.
     """
 
     order: Tensor
     raws: Tensor
     first: Tensor
     until: Tensor
-    prefix: int
+    prefix: Tensor
 
 
-def gist_shift(is_gist: Tensor, local_from: Tensor, gist_from: Tensor, prefix: int = 0) -> Shift:
+def gist_shift(
+    is_gist: Tensor, local_from: Tensor, gist_from: Tensor, prefix: Tensor | int = 0
+) -> Shift:
     """The shift of a batch of layouts.
 
     Args:
         is_gist: ``(B, S)`` bool.
         local_from: ``(B, S)`` int, first raw slot that a slot sees; ``S`` or more for none.
         gist_from: ``(B, S)`` int, first gist that a slot sees.
-        prefix: leading slots that every later slot sees.
+        prefix: ``(B,)`` int, or one for all: leading slots that every later slot sees.
 
     Raises:
         ValueError: shapes or dtypes do not agree.
@@ -54,8 +56,7 @@ def gist_shift(is_gist: Tensor, local_from: Tensor, gist_from: Tensor, prefix: i
         )
     if is_gist.dtype != torch.bool:
         raise ValueError(f"is_gist is {is_gist.dtype}; it must be bool")
-    if prefix < 0:
-        raise ValueError(f"prefix is {prefix}; it must be 0 or more")
+    prefix = as_prefix(prefix, is_gist)
     size = shape[1]
     slot = torch.arange(size, device=is_gist.device).expand(shape)
     first = torch.stack((local_from, gist_from)).long().clamp(0, size)  # (2, B, S)
@@ -66,15 +67,32 @@ def gist_shift(is_gist: Tensor, local_from: Tensor, gist_from: Tensor, prefix: i
         ]
     )
     last = torch.stack([_last(queries, slot) for queries in (~is_gist, is_gist)])  # (2, B, 1)
-    until = torch.where(slot < prefix, last, until)
+    until = torch.where(slot < prefix[:, None], last, until)
     raws = torch.nn.functional.pad((~is_gist).cumsum(1), (1, 0))
     return Shift(
         order=is_gist.to(torch.uint8).argsort(dim=1, stable=True).to(torch.int32).contiguous(),
         raws=raws.to(torch.int32).contiguous(),
         first=first.to(torch.int32).contiguous(),
         until=until.to(torch.int32).contiguous(),
-        prefix=min(prefix, size),
+        prefix=prefix.clamp(max=size).to(torch.int32),
     )
+
+
+def as_prefix(prefix: Tensor | int, is_gist: Tensor) -> Tensor:
+    """``(B,)`` of a batch.
+
+    Raises:
+        ValueError: it has another shape, or is negative.
+    """
+    if isinstance(prefix, int):
+        if prefix < 0:
+            raise ValueError(f"prefix is {prefix}; it must be 0 or more")
+        return torch.full_like(is_gist[:, 0], prefix, dtype=torch.long)
+    if prefix.shape != is_gist.shape[:1] or prefix.is_floating_point():
+        raise ValueError(
+            f"prefix {prefix.dtype} {tuple(prefix.shape)} must be ({len(is_gist)},) integers"
+        )
+    return prefix
 
 
 def _until(first: Tensor, queries: Tensor) -> Tensor:
