@@ -38,6 +38,7 @@ def steps(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     yield "tests", f"{PYTHON} -m pytest -q -m gpu tests/kernels tests/test_gpu.py"
     for op in OPERATIONS:
         yield "kernels", f"{PYTHON} kernels/benchmarks/bench_{op}.py --out {out}/{op}.json"
+    yield "serving", f"{PYTHON} benchmarks/serving/first_token.py --out {out}/first_token.json"
     data = " ".join(f"--data {path}" for path in args.data)
     train = f"{CLI} train {model} {data} --config benchmarks/training"
     if args.data:

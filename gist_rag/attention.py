@@ -2,7 +2,8 @@
 
 transformers hands keyword arguments of a model's forward pass down to a registered attention
 function, so composed gists travel as ``slots=``, what a compress pass may see as ``seeing=``, and
-the decay of keys as ``log_beta=``. Without them the function is SDPA.
+the decay of keys as ``log_beta=``. Without them the function is SDPA, or flash-attn's where that is
+installed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from gist_rag_kernels import (
     Plan,
     RaggedSlots,
     choose,
+    flash_for,
     gist_attention,
     plan_layers,
     ragged_slot_attention,
@@ -100,6 +102,9 @@ def attend(
         rule = (seeing.is_gist, seeing.local_from, seeing.gist_from, seeing.prefix)
         seen = gist_attention(query, key, value, *rule, scaling=scaling, shift=seeing.shift)
         return seen.transpose(1, 2).contiguous(), None
+    if slots is None and attention_mask is None and (flash := flash_for(query)):
+        rows = (x.transpose(1, 2) for x in (query, key, value))
+        return flash(*rows, softmax_scale=scaling, causal=True), None
     if slots is None:
         result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs

@@ -12,7 +12,7 @@ from gist_rag_kernels.gist_attention.shift import Shift, gist_shift
 from gist_rag_kernels.kv_quant.op import dequantise, quantise
 from gist_rag_kernels.kv_quant.packed import PackedKV
 from gist_rag_kernels.retention_attention.op import retention_attention
-from gist_rag_kernels.runtime import choose, describe
+from gist_rag_kernels.runtime import choose, describe, flash_for
 from gist_rag_kernels.select_fit.op import fit_slots, score_keys
 from gist_rag_kernels.select_fit.reference import kept_groups
 from gist_rag_kernels.slot_attention.op import ragged_slot_attention, slot_attention
@@ -30,6 +30,7 @@ __all__ = [
     "dequantise",
     "describe",
     "fit_slots",
+    "flash_for",
     "gist_attention",
     "gist_shift",
     "kept_groups",

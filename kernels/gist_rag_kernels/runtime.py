@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -75,6 +76,21 @@ def choose(*tensors: Tensor) -> Literal["triton", "reference"]:
     return "triton" if on_gpu else "reference"
 
 
+def flash_for(query: Tensor) -> Callable[..., Tensor] | None:
+    """``flash_attn_func`` of flash-attn, where it is installed and can read this query."""
+    reads = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    return _flash() if reads and _wanted() != "reference" else None
+
+
+@functools.cache
+def _flash() -> Callable[..., Tensor] | None:
+    try:
+        found: Callable[..., Tensor] = importlib.import_module("flash_attn").flash_attn_func
+    except (ImportError, AttributeError):
+        return None
+    return found
+
+
 def describe() -> str:
     """What ``choose`` does here, for ``gist-rag info``: ``auto: triton 3.6.0 on NVIDIA H100``."""
     wanted = _wanted()
@@ -85,7 +101,9 @@ def describe() -> str:
     import triton
 
     if torch.cuda.is_available():
-        return f"{wanted}: triton {triton.__version__} on {torch.cuda.get_device_name()}"
+        prefill = ", flash-attn for plain prefill" if _flash() else ""
+        name = torch.cuda.get_device_name()
+        return f"{wanted}: triton {triton.__version__} on {name}{prefill}"
     if wanted == "triton":
         place = "its interpreter" if _interprets() else "a CUDA device, of which there is none"
         return f"triton: triton {triton.__version__} on {place}"

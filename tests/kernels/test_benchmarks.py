@@ -36,6 +36,22 @@ def test_dry_run_checks_and_times_nothing(op: str, tmp_path: Path) -> None:
     assert all(row["bytes"] > 0 and "ms" not in row for row in result["rows"])
 
 
+@pytest.mark.slow
+def test_dry_run_reads_text_and_gists(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    script = BENCHMARKS.parents[1] / "benchmarks" / "serving" / "first_token.py"
+    command = [sys.executable, script, "--dry-run", "--out", out]
+    done = subprocess.run(command, env=_plain(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["results"]
+    stored = {(r["arm"], r.get("ratio"), r.get("codec")): r for r in rows if r["passages"] == 3}
+    assert [*stored][:2] == [("text", None, None), ("reuse", 1, "bf16")]
+    assert len(stored) == 8
+    halves = stored["gists", 8, "bf16"]["bytes"], stored["gists", 16, "bf16"]["bytes"]
+    assert stored["reuse", 1, "bf16"]["bytes"] > 7 * halves[0] > 13 * halves[1]
+    assert not any("ttft_ms" in row for row in rows)
+
+
 def _plain() -> dict[str, str]:
     """As a user's shell has it: no switch set."""
     return {

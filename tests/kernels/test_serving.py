@@ -111,6 +111,41 @@ def test_fading_while_a_passage_is_read_is_the_same(
 
 
 @torch.no_grad()
+def test_plain_prefill_and_decoding_with_flash_attn_are_the_same(
+    backbone: Backbone, passages: list[Passage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What flash-attn documents: ``(B, S, H, D)``, fewer KV heads than query heads, and causal from
+    the last query backwards. It is not installed here, so its place is taken."""
+    calls = []
+
+    def flash_attn_func(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, causal: bool
+    ) -> torch.Tensor:
+        calls.append(q.shape[1])
+        group, rows, keys = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
+        k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+        logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
+        seen = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
+        assert causal
+        return torch.einsum("bhqk,bkhd->bqhd", logits.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+    ids = backbone.tokenize(passages[0].text)
+
+    def said() -> tuple[torch.Tensor, list[list[int | None]]]:
+        context = Context([backbone.prefix(ids[:0])], None)
+        text = [Local.after(ids, 0, 0)]
+        answer = list(backbone.decode(context, text, [Sampling(max_tokens=3)]))
+        return backbone.encode(ids[None]), answer
+
+    plain, answer = said()
+    monkeypatch.setattr("gist_rag.attention.flash_for", lambda query: flash_attn_func)
+    ours, again = said()
+    assert torch.allclose(ours, plain, atol=1e-4)
+    assert again == answer
+    assert set(calls) == {len(ids), 1}
+
+
+@torch.no_grad()
 def test_reading_is_the_same(
     backbone: Backbone, states: list[GistState], monkeypatch: pytest.MonkeyPatch
 ) -> None:
