@@ -163,34 +163,40 @@ def _padded(
     visible: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """Heads padded to the longest of their layer: what SDPA can take, and differentiate."""
-    slot_keys, slot_values, _, _ = reading.slots.layer(layer)
-    batch, heads, rows, keys = *key.shape[:2], query.shape[2], key.shape[2]
+    """Heads padded to one width: what SDPA can take, and differentiate."""
+    rows, keys = query.shape[2], key.shape[2]
     if visible is None:
         visible = torch.ones(rows, keys, dtype=torch.bool, device=key.device).tril(keys - rows)
         visible = visible[None, None]
     itself = torch.eye(rows, keys, dtype=torch.bool, device=key.device).roll(keys - rows, 1)
     hidden = ~(visible | itself)  # padding sees itself, so that no softmax is empty
     local = torch.zeros(1, device=key.device).masked_fill(hidden, -torch.inf)
-    slot_bias = reading.slots.visible_bias(layer, reading.seen)
-    return slot_attention(
-        query,
-        torch.cat((slot_keys, key), dim=2),
-        torch.cat((slot_values, value), dim=2),
-        torch.cat((slot_bias.expand(-1, -1, rows, -1), local.expand(batch, heads, -1, -1)), dim=-1),
-        scaling,
-    )
+    local = local.expand(*key.shape[:2], -1, -1)
+    read = []
+    for part in reading.slots.rows(layer):
+        bias = part.visible_bias(reading.seen).expand(-1, -1, rows, -1)
+        read.append(
+            slot_attention(
+                query[part.rows],
+                torch.cat((part.keys, key[part.rows]), dim=2),
+                torch.cat((part.values, value[part.rows]), dim=2),
+                torch.cat((bias, local[part.rows]), dim=-1),
+                scaling,
+            )
+        )
+    return torch.cat(read) if len(read) > 1 else read[0]
 
 
 def read_bank(reading: Reading, layer: int, query: Tensor, scaling: float) -> Tensor:
     """What a softmax of its own reads from a bank, ``(B, Hq, Q, D)``; see ``Slots.bank``."""
     slots = reading.slots
-    if slots.bank is None or not slots.widths[layer]:
+    if slots.bank is None or not any(slots.widths[layer]):
         return torch.zeros_like(query)
-    keys, values, _, _ = (x.float() for x in slots.layer(layer))  # (B, H, N, D)
+    every = slots.layer(layer)
+    keys, values = every.keys.float(), every.values.float()  # (B, H, N, D)
     grouped = query.float().unflatten(1, (slots.heads, -1))  # (B, H, G, Q, D)
     logits = grouped @ keys[:, :, None].mT * scaling
-    logits = logits + slots.visible_bias(layer, reading.seen)[:, :, None]
+    logits = logits + every.visible_bias(reading.seen)[:, :, None]
     temperature = torch.where(slots.lengths[layer] < MANY, 1.0, slots.bank)  # (B, H)
     logits = logits / temperature[..., None, None, None]
     share = nn.functional.pad(logits, (1, 0)).softmax(-1)[..., 1:]  # logit 0: none of them

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gist_rag.backbone import Backbone, Local
 from gist_rag.errors import BadInput
-from gist_rag.layout import Slots
+from gist_rag.layout import Slots, row_starts
 from gist_rag.types import GistState
 from gist_rag_kernels import Composed, PackedKV, compose_kv, compose_packed
 
@@ -24,6 +24,10 @@ Positions = Literal["parallel", "sequence"]
 ``parallel``: all start at the same position, so that their order does not matter and a prompt grows
 by the longest one only."""
 DEFAULT_POSITIONS: Positions = "sequence"
+
+
+UNEVEN = 1.5
+"""Slots with padding for each without, from which on the rows of a batch keep their own widths."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,6 @@ def compose(batch: Sequence[Sequence[Placed]], backbone: Backbone) -> Slots | No
         order=composed.order,
         lengths=joined.lengths.to(torch.int32),
         widths=joined.widths,
-        batch=len(batch),
         heads=backbone.num_heads,
         bank=joined.bank,
     )
@@ -124,7 +127,7 @@ class _Joined:
         destination: ``(R,)`` where each row begins in the result.
         room: ``(R,)`` how much of the result it fills: padding belongs to a prompt's last state.
         lengths: ``(L, B, H)`` slots of each head of the result.
-        widths: its slots per head of each layer, padding included.
+        widths: ``(L, B)``, the same with padding.
         bank: see ``Slots``.
     """
 
@@ -137,7 +140,7 @@ class _Joined:
     destination: Tensor
     room: Tensor
     lengths: Tensor
-    widths: tuple[int, ...]
+    widths: list[list[int]]
     bank: float | None
 
     @classmethod
@@ -154,12 +157,14 @@ class _Joined:
         behind = lengths.cumsum(0)
         earlier = behind - lengths
         before = earlier - earlier[first][prompt]  # slots of a prompt's earlier states
-        total = (before + lengths)[last].view(shape)  # (B, L, H)
-        width = total.amax((0, 2))  # (L,)
-        layer = (width.cumsum(0) - width) * shape[0] * shape[2]
-        row = torch.arange(shape[0] * shape[2], device=device).view(shape[0], 1, shape[2])
-        begins = (layer[:, None] + row * width[:, None]).flatten(1)  # (B, L * H)
-        room = lengths.index_copy(0, last, width.repeat_interleave(shape[2]) - before[last])
+        total = (before + lengths)[last].view(shape).transpose(0, 1)  # (L, B, H)
+        widths = total.amax(2)  # (L, B)
+        widest = widths.amax(1, keepdim=True).expand(widths.shape)
+        if int(widest.sum()) <= UNEVEN * int(widths.sum()):
+            widths = widest  # rows of one width are read together
+        begins = row_starts(widths, shape[2]).transpose(0, 1).flatten(1)  # (B, L * H)
+        ends = begins + widths.T.repeat_interleave(shape[2], 1)
+        room = lengths.index_copy(0, last, ends - begins - before[last])
 
         bank = _bank(states)
         offsets = torch.cat([state.offsets for state in states])
@@ -174,15 +179,15 @@ class _Joined:
             end=max(p.start + max(p.state.span, p.state.num_tokens) for p in placed),
             destination=(begins[prompt] + before).flatten(),
             room=room.flatten(),
-            lengths=total.transpose(0, 1),
-            widths=tuple(width.tolist()),
+            lengths=total,
+            widths=widths.tolist(),
             bank=bank,
         )
 
     @property
     def num_slots(self) -> int:
         """Of the result, padding included."""
-        return sum(self.widths) * self.lengths[0].numel()
+        return sum(map(sum, self.widths)) * self.lengths.shape[2]
 
 
 def _join(states: Sequence[GistState], dtype: torch.dtype) -> PackedKV:

@@ -230,11 +230,45 @@ def _even(size: int, parts: int) -> list[int]:
 
 
 @dataclass(frozen=True)
+class SlotRows:
+    """Slots of one layer, of some rows of a batch that have one width (views).
+
+    Attributes:
+        rows: which rows.
+        keys: ``(b, H, N, D)``.
+        values: ``(b, H, N, D)``.
+        bias: ``(b, H, N)``.
+        order: ``(b, H, N)``.
+    """
+
+    rows: slice
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+    order: Tensor
+
+    def visible_bias(self, seen: Tensor | None) -> Tensor:
+        """Bias for given queries.
+
+        Args:
+            seen: ``(B, Q)`` number of passages that come before each query token of the whole
+                batch, or ``None`` when all passages do.
+
+        Returns:
+            ``(b, H, 1 or Q, N)``, ``-inf`` where the query comes before the slot's passage.
+        """
+        if seen is None:
+            return self.bias[:, :, None]
+        hidden = self.order[:, :, None] >= seen[self.rows, None, :, None]
+        return self.bias[:, :, None].masked_fill(hidden, -torch.inf)
+
+
+@dataclass(frozen=True)
 class Slots:
     """Composed gists of a batch of prompts, rotated and ready to be attended to.
 
-    Heads are ragged, so each layer is padded to its own longest head; all layers share one flat
-    buffer of ``R`` slots in (layer, batch row, KV head, slot) order.
+    Heads are ragged, so each is padded to the longest one of its layer, or of its layer and row.
+    All share one flat buffer of ``R`` slots in (layer, batch row, KV head, slot) order.
 
     Attributes:
         keys: ``(R, D)`` after RoPE.
@@ -242,8 +276,7 @@ class Slots:
         bias: ``(R,)`` float32 log-mass, ``-inf`` on padding.
         order: ``(R,)`` int32, which passage of the prompt a slot belongs to (0, 1, ...).
         lengths: ``(L, B, H)`` int32, slots without padding.
-        widths: slots per head of each layer, padding included; length ``L``.
-        batch: ``B``.
+        widths: ``(L, B)``, slots per head with padding.
         heads: ``H``.
         bank: ``None`` where slots join attention. Else they are a bank: their keys were not moved,
             a softmax of its own reads them, of this temperature and with logit 0 for "none of
@@ -255,45 +288,69 @@ class Slots:
     bias: Tensor
     order: Tensor
     lengths: Tensor
-    widths: tuple[int, ...]
-    batch: int
+    widths: Sequence[Sequence[int]]
     heads: int
     bank: float | None = None
 
     @cached_property
     def starts(self) -> Tensor:
         """``(L, B, H)`` int64, where each row begins in the buffer."""
-        rows, widths = self.batch * self.heads, torch.tensor(self.widths)
-        layer = (widths.cumsum(0) - widths) * rows
-        starts = layer[:, None] + torch.arange(rows) * widths[:, None]
-        return starts.view(-1, self.batch, self.heads).to(self.keys.device)
+        return row_starts(torch.tensor(self.widths), self.heads).to(self.keys.device)
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys, values ``(B, H, N, D)``, bias and order ``(B, H, N)`` of one layer (views)."""
-        rows, width = self.batch * self.heads, self.widths[index]
-        start = rows * sum(self.widths[:index])
-        shape = (self.batch, self.heads, width)
-        part = slice(start, start + rows * width)
-        size = self.keys.shape[1]
-        return (
-            self.keys[part].view(*shape, size),
-            self.values[part].view(*shape, size),
+    @cached_property
+    def _firsts(self) -> list[list[int]]:
+        """``(L, B)``, where each row's first head begins."""
+        firsts: list[list[int]] = self.starts[..., 0].tolist()
+        return firsts
+
+    def rows(self, index: int) -> list[SlotRows]:
+        """One layer: all rows where they have one width, else each by itself."""
+        widths = self.widths[index]
+        if len({*widths}) == 1:
+            return [self._rows(index, slice(0, len(widths)))]
+        return [self._rows(index, slice(row, row + 1)) for row in range(len(widths))]
+
+    def layer(self, index: int) -> SlotRows:
+        """One layer with all rows padded to one width."""
+        rows = self.rows(index)
+        if len(rows) == 1:
+            return rows[0]
+        width = max(self.widths[index])
+
+        def padded(tensors: Sequence[Tensor], value: float = 0.0) -> Tensor:
+            whole = []
+            for tensor in tensors:
+                missing = tensor.new_full((*tensor.shape[:2], width, *tensor.shape[3:]), value)
+                missing[:, :, : tensor.shape[2]] = tensor
+                whole.append(missing)
+            return torch.cat(whole)
+
+        return SlotRows(
+            slice(0, len(rows)),
+            padded([part.keys for part in rows]),
+            padded([part.values for part in rows]),
+            padded([part.bias for part in rows], -torch.inf),
+            padded([part.order for part in rows]),
+        )
+
+    def _rows(self, index: int, rows: slice) -> SlotRows:
+        count, width = rows.stop - rows.start, self.widths[index][rows.start]
+        first = self._firsts[index][rows.start]
+        part, shape = slice(first, first + count * self.heads * width), (count, self.heads, width)
+        return SlotRows(
+            rows,
+            self.keys[part].view(*shape, self.keys.shape[1]),
+            self.values[part].view(*shape, self.keys.shape[1]),
             self.bias[part].view(shape),
             self.order[part].view(shape),
         )
 
-    def visible_bias(self, index: int, seen: Tensor | None) -> Tensor:
-        """Bias of one layer for given queries.
 
-        Args:
-            seen: ``(B, Q)`` number of passages that come before each query token, or ``None`` when
-                all passages do.
+def row_starts(widths: Tensor, heads: int) -> Tensor:
+    """``(L, B, H)``, where the slots of each head begin, one after the other.
 
-        Returns:
-            ``(B, H, 1 or Q, N)``, ``-inf`` where the query comes before the slot's passage.
-        """
-        _, _, bias, order = self.layer(index)
-        if seen is None:
-            return bias[:, :, None]
-        hidden = order[:, :, None] >= seen[:, None, :, None]
-        return bias[:, :, None].masked_fill(hidden, -torch.inf)
+    Args:
+        widths: ``(L, B)`` slots per head.
+    """
+    sizes = widths.repeat_interleave(heads)
+    return (sizes.cumsum(0) - sizes).view(*widths.shape, heads)

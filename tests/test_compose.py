@@ -212,7 +212,10 @@ def test_slots_hold_each_heads_keys_in_passage_order(
     assert slots is not None
     for row, prompt in enumerate(placed):
         for layer in range(backbone.num_layers):
-            keys, values, bias, order = (x[row] for x in slots.layer(layer))
+            every = slots.layer(layer)
+            keys, values, bias, order = (
+                x[row] for x in (every.keys, every.values, every.bias, every.order)
+            )
             for head in range(backbone.num_heads):
                 expected = [
                     one_head(backbone, p, layer * backbone.num_heads + head) for p in prompt

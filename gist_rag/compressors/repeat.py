@@ -52,10 +52,10 @@ class Repeat:
         """Keys after RoPE and values ``(L * H, T, D)`` of one passage as the pass saw them."""
         slots, tokens = self.context.slots, self.num_tokens[row]
         assert slots is not None
-        layers = [slots.layer(i)[:2] for i in range(len(self.queries))]
+        layers = [slots.layer(i) for i in range(len(self.queries))]
         keys, values = (
             torch.stack([kv[row, :, :tokens] for kv in part]).flatten(0, 1).float()
-            for part in zip(*layers, strict=True)
+            for part in ([layer.keys for layer in layers], [layer.values for layer in layers])
         )
         return keys, values
 

@@ -126,15 +126,18 @@ def compose_packed(
         raise ValueError("block_table and a positive page_size go together")
     if (out is None) == (num_slots is None):
         raise ValueError("give either num_slots or out")
+    tensors = [*packed.tensors(), offsets, base, cos, sin, destination]
+    tensors += [t for t in (bias, order, room, block_table, *(out or ())) if t is not None]
+    triton = packed.num_rows and choose(*tensors) == "triton"
     if out is None:
         assert num_slots is not None
+        if not triton:
+            room = None  # plain torch clears all sooner than the rest of each row
         out = _fresh(packed, num_slots, dtype, bias, order, room)
     _check_out(packed, out, bias, order)
 
-    tensors = [*packed.tensors(), offsets, base, cos, sin, destination, out.keys, out.values]
-    tensors += [t for t in (bias, order, room, block_table, out.bias, out.order) if t is not None]
     settings = (bias, order, room, block_table, page_size)
-    if packed.num_rows and choose(*tensors) == "triton":
+    if triton:
         from gist_rag_kernels.compose_kv import kernel
 
         return kernel.compose_packed(packed, offsets, base, cos, sin, destination, out, *settings)
