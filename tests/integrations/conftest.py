@@ -29,7 +29,7 @@ class SeenPrompts:
     def add(self, segments: list[Any]) -> None:
         self.read.append(segments)
         known = [s for s in segments if isinstance(s, Known)]
-        self.gists.append([self._ids[s.content] for s in known])
+        self.gists.append([self._ids.get(s.content, s.content) for s in known])
         self.texts.append("".join(s.text for s in segments if s not in known))
 
     def no_passage_as_text(self) -> bool:

@@ -19,6 +19,7 @@ from llama_index.vector_stores.faiss import FaissVectorStore
 from gist_rag.errors import BadInput, StoreLocked
 from gist_rag.models import embedder_folder
 from gist_rag.store import GistStore
+from gist_rag.types import normalise
 from llama_index.llms.gist_rag import (
     GistLLM,
     GistNodePostprocessor,
@@ -166,6 +167,31 @@ def test_postprocessor_compresses_what_the_ones_before_it_made(
     )
     [source] = engine.query(QUESTION).source_nodes
     assert len(llm.engine.matcher.find(source.text)) == 1
+
+
+@pytest.mark.parametrize("window", [1, 99])
+def test_sentence_windows_over_whole_documents(
+    llm: GistLLM, prompts: Any, known: Any, make_index: Any, window: int
+) -> None:
+    """A window that is all of a document has the document's gist; a part of it is another text, and
+    gets one where the postprocessor stands last."""
+    llm.precompress([Document(text=p.text) for p in known[:3]])
+    parser = SentenceWindowNodeParser.from_defaults(window_size=window)
+    documents = [Document(text=p.text) for p in known[:3]]
+    index = make_index(parser.get_nodes_from_documents(documents))
+    replaced = MetadataReplacementPostProcessor(target_metadata_key="window")
+
+    def ask(*after: Any) -> tuple[int, list[str]]:
+        chosen = [replaced, *after]
+        engine = index.as_query_engine(llm=llm, similarity_top_k=2, node_postprocessors=chosen)
+        found = engine.query(QUESTION).source_nodes
+        return len(prompts.gists[-1]), [node.text for node in found]
+
+    hits, texts = ask()
+    whole = {normalise(p.text) for p in known[:3]}
+    assert all((normalise(text) in whole) == (window == 99) for text in texts)
+    assert hits == (len(texts) if window == 99 else 0)
+    assert ask(GistNodePostprocessor(llm=llm))[0] == len(texts) == 2
 
 
 def test_postprocessor_in_the_background_does_not_wait(llm: GistLLM, nodes: Any) -> None:
