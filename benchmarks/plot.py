@@ -178,11 +178,13 @@ def fill_readme() -> None:
     one = read("quality/results/rag_p1.json")["arms"]
     five = read("quality/results/rag_p5.json")["arms"]
     both = read("quality/results/rag_p5_both.json")["arms"]
+    many = {n: read(f"quality/results/rag_p{n}_both.json")["arms"] for n in (10, 20)}
     trained = read("quality/results/trained_p1.json")["arms"]
     plain_one = read("quality/results/nq_p1_balanced.json")["arms"]
     plain_five = read("quality/results/nq_p5_balanced.json")["arms"]
     ttft = {r["passages"]: r for r in read("serving/results/ttft_cpu.json")["results"]}
     hotpot = read("quality/results/hotpot_p5_both.json")["arms"]
+    musique = read("quality/results/musique_p5_both.json")["arms"]
     cost = read("serving/results/precompute_cpu.json")
     presets = {r["preset"]: r for r in cost["results"]}
     moved = read("quality/results/nq_p1_thorough.json")["arms"]["attention_matching@8"]
@@ -207,6 +209,11 @@ def fill_readme() -> None:
         f"{_found(five['full'])} |",
         f"| 5, also the best 3 apart (`apart=3`; {both['full']['n']} questions) | "
         f"{_kept(at(both, '8^3'))} | {_found(at(both, '8^3'))} | {_found(both['full'])} |",
+        *(
+            f"| {n}, so ({arms['full']['n']} questions) | {_kept(at(arms, '8^3'))} | "
+            f"{_found(at(arms, '8^3'))} | {_found(arms['full'])} |"
+            for n, arms in many.items()
+        ),
         "",
         f"Not compressed at all, five passages read so keep {_kept(both['reuse^3'])} and give "
         f"{_found(both['reuse^3'])}. With `apart=3` the first token comes "
@@ -225,7 +232,10 @@ def fill_readme() -> None:
         f"{hotpot['full']['n']} questions, five passages, 8x) it keeps {_kept(at(hotpot, '8^3'))}, "
         f"together {_kept(at(hotpot, 8))}; but generated answers are right in "
         f"{_found(at(hotpot, '8^3'))}, together in {_found(at(hotpot, 8))}, from text in "
-        f"{_found(hotpot['full'])}: this model hardly answers such questions at all.",
+        f"{_found(hotpot['full'])}. MuSiQue ({musique['full']['n']} questions): "
+        f"{_kept(at(musique, '8^3'))} and {_kept(at(musique, 8))}, right {_found(at(musique, '8^3'))}, "
+        f"{_found(at(musique, 8))}, from text {_found(musique['full'])}. This model hardly answers "
+        "such questions at all.",
         "- **8x is the edge without training.** At 16x gists keep "
         f"{_kept(at(one, 16))} with one passage and {_kept(at(five, 16))} with five, and answers "
         f"contain the gold answer in {_found(at(one, 16))} and {_found(at(five, 16))}. Exact names "
@@ -290,7 +300,7 @@ if __name__ == "__main__":
         drawn = [
             r
             for r in quality_results
-            if re.fullmatch(r"(rag|trained)_p\d+(_both)?.json", r["file"])
+            if re.fullmatch(r"(rag|trained)_p[15](_both)?.json", r["file"])
         ]
         draw_quality(sorted(drawn, key=lambda r: -r["arms"]["full"]["n"]))
     if ttft_results:

@@ -192,7 +192,7 @@ class _Joined:
 
 def _join(states: Sequence[GistState], dtype: torch.dtype) -> PackedKV:
     """Keys and values of all states; as they are stored where all are stored alike."""
-    if len({state.keys.dtype for state in states}) > 1:
+    if len({kv.dtype for state in states for kv in (state.keys, state.values)}) > 1:
         states = [state.floats(dtype) for state in states]
     edges = [states[0].rows[:1].long()]
     for state in states:

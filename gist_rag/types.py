@@ -224,6 +224,8 @@ class GistState:
 
     def floats(self, dtype: torch.dtype) -> GistState:
         """With keys and values in a float dtype."""
+        if self.key_scales is None:
+            return replace(self, keys=self.keys.to(dtype), values=self.values.to(dtype))
         keys, values = dequantise(self.kv, dtype)
         return replace(self, keys=keys, values=values, key_scales=None, value_scales=None)
 

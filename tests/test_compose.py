@@ -132,15 +132,16 @@ def test_stored_gists_are_composed_as_the_floats_they_stand_for(
     stored = [unpack(pack(state, codec)) for state in states]
     floats = [state.floats(torch.float32) for state in stored]
     learnt = [replace(state, bias=state.bias.clone().requires_grad_()) for state in floats]
-    as_stored, as_floats, with_gradients, mixed = (
+    wider = [replace(state, values=state.values.double()) for state in floats]
+    as_stored, as_floats, with_gradients, mixed, uneven = (
         compose([place(s[:2], 7, "sequence")[0], [], place(s[2:], 1000, "sequence")[0]], backbone)
-        for s in (stored, floats, learnt, [stored[0], *floats[1:]])
+        for s in (stored, floats, learnt, [stored[0], *floats[1:]], wider)
     )
     assert with_gradients.bias.requires_grad
     assert as_stored.widths == as_floats.widths == with_gradients.widths == mixed.widths
     for name in ("keys", "values", "bias", "order", "lengths"):
         expected = getattr(as_floats, name).float()
-        for other in (as_stored, with_gradients, mixed):
+        for other in (as_stored, with_gradients, mixed, uneven):
             assert torch.allclose(getattr(other, name).detach().float(), expected, atol=1e-5), name
 
 

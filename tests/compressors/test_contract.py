@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from gist_rag.backbone import Backbone
+from gist_rag.backbone import Backbone, Context, Local
+from gist_rag.compose import compose, place
 from gist_rag.compressors import COMPRESSORS, Compressor, make_compressor
 from gist_rag.errors import BadInput, PassageTooLong, UnknownCompressor
+from gist_rag.store import pack, unpack
 from gist_rag.types import GistState, Passage
 
 RATIO = 4.0
@@ -64,6 +69,29 @@ def test_neighbours_do_not_leak(compressor: Compressor, ids: list[Tensor]) -> No
     with_b = compress(compressor, [ids[0], ids[1].flip(0)])[0]
     assert torch.equal(with_a.keys, with_b.keys)
     assert torch.equal(with_a.values, with_b.values)
+
+
+@pytest.mark.parametrize("method", sorted(COMPRESSORS))
+def test_half_precision_is_read_stored_or_not(
+    make_model: Callable[[str], Any],
+    tokenizer: PreTrainedTokenizerFast,
+    ids: list[Tensor],
+    method: str,
+) -> None:
+    """Some parts of a state may have been worked out in float32."""
+    backbone = Backbone(make_model("llama").bfloat16(), tokenizer)
+    compressor = make_compressor(method, backbone, {"ratio": RATIO} if method != "full" else {})
+    states = compress(compressor, ids)
+    read = []
+    for given in (states, [unpack(pack(state, "bf16")) for state in states]):
+        placed, end = place(given, 0, "sequence")
+        context = Context([backbone.prefix(ids[0][:0])], compose([placed], backbone))
+        with torch.no_grad():
+            read.append(backbone.read(context, [Local.after(ids[0][:9], end, len(placed))]))
+    assert read[0].dtype == torch.bfloat16
+    assert bool(read[0].isfinite().all())
+    error = (read[0] - read[1]).abs().max() / (read[0].max() - read[0].min())
+    assert error < 0.05
 
 
 def test_compressing_leaves_the_backbone_alone(compressor: Compressor, ids: list[Tensor]) -> None:
