@@ -90,7 +90,7 @@ def precompute(
     ratio: Ratio = None,
     preset: Preset = None,
     refine_steps: RefineSteps = None,
-    codec: Annotated[str, typer.Option(help="bf16 or int8.")] = "bf16",
+    codec: Annotated[str, typer.Option(help="bf16, int8 or int4.")] = "bf16",
     namespace: Annotated[str, typer.Option(help="Tenant whose gists these are.")] = "",
     limit: Annotated[int | None, typer.Option(help="Take the first N passages.")] = None,
     no_title: Annotated[bool, typer.Option("--no-title", help="Leave titles out.")] = False,
@@ -254,6 +254,9 @@ def evaluate(
     preset: Preset = None,
     refine_steps: RefineSteps = None,
     positions: Annotated[str | None, typer.Option(help="sequence or parallel.")] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="Read gists as they would be stored: bf16, int8 or int4.")
+    ] = None,
     reader: ReaderFolder = None,
     dtype: Dtype = None,
 ) -> None:
@@ -278,6 +281,7 @@ def evaluate(
             "settings": _given(preset=preset, refine_steps=refine_steps),
             "arms": tuple(filter(None, arms.split(","))),
             "reader": reader,
+            "codec": codec,
             "dtype": dtype,
             **_given(positions=positions),
         }

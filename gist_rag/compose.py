@@ -94,7 +94,7 @@ def compose(batch: Sequence[Sequence[Placed]], backbone: Backbone) -> Slots | No
         return None
     for p in placed:
         _check(p.state, backbone)
-    nothing = Placed(placed[0].state.select(torch.zeros_like(placed[0].state.bias).bool()), 0)
+    nothing = Placed(placed[0].state.emptied(), 0)
     batch = [prompt or [nothing] for prompt in batch]  # so that each prompt has rows
     joined = _Joined.of(batch, backbone)
     learnt = any(t.requires_grad for t in (joined.kv.keys, joined.kv.values, joined.bias))
@@ -205,6 +205,7 @@ def _join(states: Sequence[GistState], dtype: torch.dtype) -> PackedKV:
         rows=torch.cat(edges),
         key_scales=torch.cat(key_scales) if key_scales else None,
         value_scales=torch.cat(value_scales) if value_scales else None,
+        key_group=states[0].key_group,
     )
 
 

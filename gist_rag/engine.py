@@ -128,7 +128,7 @@ class GistEngine:
         backbone: the model that reads.
         compressor: what turns passages into gists.
         store: a folder, an open ``GistStore``, or ``None`` for one that ends with the engine.
-        codec: how gists are stored, ``"bf16"`` or ``"int8"``.
+        codec: how gists are stored, ``"bf16"``, ``"int8"`` or ``"int4"``.
         namespace: tenant; gists of another namespace are never read.
         positions: where passages that stand side by side go, see ``compose.Positions``.
         reader: who answers, where that is not the plain backbone; gists do not depend on it.

@@ -81,8 +81,7 @@ class GistState:
         text: a verbalised gist, for models that can only be talked to.
         bank: the slots join no attention but a bank beside it (``Slots.bank``), which is read with
             this temperature; ``None`` for ordinary gists.
-        key_scales, value_scales: ``(L * H, D)`` and ``(M,)``, see ``PackedKV``; ``None`` for
-            floats.
+        key_scales, value_scales, key_group: see ``PackedKV``; no scales for floats.
     """
 
     keys: Tensor
@@ -97,6 +96,7 @@ class GistState:
     bank: float | None = None
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
+    key_group: int = 0
 
     def __post_init__(self) -> None:
         slots = len(self.keys)
@@ -151,7 +151,8 @@ class GistState:
     @property
     def kv(self) -> PackedKV:
         """Keys and values as kernels take them."""
-        return PackedKV(self.keys, self.values, self.rows, self.key_scales, self.value_scales)
+        scales = self.key_scales, self.value_scales, self.key_group
+        return PackedKV(self.keys, self.values, self.rows, *scales)
 
     @property
     def num_heads(self) -> int:
@@ -178,14 +179,29 @@ class GistState:
         index = torch.arange(len(self.rows) - 1, device=self.rows.device)
         return index.repeat_interleave(self.lengths.long())
 
+    def emptied(self) -> GistState:
+        """The same without slots."""
+        key_scales, value_scales = self.key_scales, self.value_scales
+        if key_scales is not None and self.key_group:
+            key_scales = key_scales[:0]
+        return replace(
+            self,
+            keys=self.keys[:0],
+            values=self.values[:0],
+            bias=self.bias[:0],
+            offsets=self.offsets[:0],
+            rows=torch.zeros_like(self.rows),
+            key_scales=key_scales,
+            value_scales=None if value_scales is None else value_scales[:0],
+        )
+
     def select(self, keep: Tensor) -> GistState:
-        """Some of the slots: ``(M,)`` bool."""
+        """Some of the slots of floats: ``(M,)`` bool."""
         lengths = torch.bincount(self.row_of_slot()[keep], minlength=len(self.rows) - 1)
         return replace(
             self,
             keys=self.keys[keep],
             values=self.values[keep],
-            value_scales=None if self.value_scales is None else self.value_scales[keep],
             bias=self.bias[keep],
             offsets=self.offsets[keep],
             rows=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),

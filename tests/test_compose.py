@@ -121,7 +121,7 @@ def test_a_batch_of_prompts_reads_as_each_alone(
             assert (together[row, -len(text.ids) :] - alone).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("codec", ["bf16", "int8"])
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
 def test_stored_gists_are_composed_as_the_floats_they_stand_for(
     backbone: Backbone, passages: list[Passage], codec: str
 ) -> None:

@@ -38,6 +38,7 @@ from gist_rag.mixture import Mixture
 from gist_rag.models import DEFAULT_RAG_MODEL
 from gist_rag.prompt import rag_messages, rag_pieces
 from gist_rag.reader import Reader, load_backbone
+from gist_rag.store import pack, unpack
 from gist_rag.types import GistState
 
 TEXT_ARMS = ("closed", "full", "truncated")
@@ -61,6 +62,7 @@ class EvaluateConfig(BaseModel):
     seed: int = 0
     model: str = DEFAULT_RAG_MODEL
     reader: str | None = None
+    codec: str | None = None
     dtype: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     arms: tuple[str, ...] = ()
@@ -278,12 +280,13 @@ class _Arms:
         shared: Tensor | None = None
         out = {}
         for key, compressor in self.compressors.items():
-            if not compressor.reads_tokens_only:
+            if compressor.reads_tokens_only:
+                shared = compressor.encode(ids) if shared is None else shared
+                out[key] = compressor.distil(shared, ids)
+            else:
                 out[key] = compressor.compress(ids)
-                continue
-            if shared is None:
-                shared = compressor.encode(ids)
-            out[key] = compressor.distil(shared, ids)
+            if codec := self.config.codec:
+                out[key] = [unpack(pack(s, codec), self.backbone.device) for s in out[key]]
         return out
 
     def _text(self, ids: Tensor) -> str:

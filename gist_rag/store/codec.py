@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gist_rag.errors import BadInput, CorruptEntry, FormatTooNew
 from gist_rag.types import GistState, PackedState
-from gist_rag_kernels import quantise
+from gist_rag_kernels import PackedKV, quantise
 
 FORMAT = 1
 MAGIC = b"GISTRAG\n"
@@ -38,6 +38,7 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "int8": torch.int8,
+    "uint8": torch.uint8,
     "int16": torch.int16,
     "int32": torch.int32,
 }
@@ -47,7 +48,8 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST_KEY = 1e38
 _LARGEST_BIAS = 65504.0
 
-# A tensor's dtypes, and its shape in letters: M slots, D head size, R rows, E = R + 1 row edges.
+# A tensor's dtypes, and its shape in letters: M slots, D head size, R rows, E = R + 1 row edges; of
+# four bits, C bytes a slot, G groups of slots and V of channels.
 _Layout = Mapping[str, tuple[tuple[torch.dtype, ...], str]]
 _SHARED: _Layout = {
     "bias": ((torch.float16,), "M"),
@@ -63,10 +65,12 @@ class Codec:
     Attributes:
         layout: names, dtypes and shapes of the tensors that hold them.
         encode: float32 keys and values ``(M, D)`` and row edges ``(R + 1,)`` > tensors.
+        key_group: slots of a row that share a scale, 0 for all.
     """
 
     layout: _Layout
     encode: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+    key_group: int = 0
 
 
 def pack(state: GistState, codec: str) -> PackedState:
@@ -80,6 +84,7 @@ def pack(state: GistState, codec: str) -> PackedState:
     bf16    ``2**-8 * |x|``                                 ``2**-8 * |x|``
     int8    ``1/253`` of the largest ``|x|`` of the same    ``1/253`` of the largest ``|x|``
             row (layer and KV head) and channel             of the same slot
+    int4    ``1/13.9`` of it among 32 slots                 ``1/13.9`` of it among 32 channels
     ======  ==============================================  ==================================
 
     plus 1e-38 where float32 itself runs out of digits. The log-mass is stored in float16: at most
@@ -127,6 +132,7 @@ def unpack(packed: PackedState, device: torch.device | str = "cpu") -> GistState
         num_tokens=packed.num_tokens,
         text=packed.text,
         bank=packed.bank,
+        key_group=_codec(packed.codec).key_group,
     )
 
 
@@ -203,7 +209,17 @@ def _encode_bf16(keys: Tensor, values: Tensor, rows: Tensor) -> dict[str, Tensor
 
 def _encode_int8(keys: Tensor, values: Tensor, rows: Tensor) -> dict[str, Tensor]:
     """A scale per row and channel for keys, whose channels differ; one per slot for values."""
-    packed = quantise(keys, values, rows)
+    return _tensors(quantise(keys, values, rows))
+
+
+def _encode_int4(keys: Tensor, values: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    """The same for smaller groups, which four bits need."""
+    half = keys.shape[1] // 2
+    channels = max(size for size in range(1, _GROUP + 1) if half % size == 0)
+    return _tensors(quantise(keys, values, rows, 4, key_group=_GROUP, value_group=channels))
+
+
+def _tensors(packed: PackedKV) -> dict[str, Tensor]:
     assert packed.key_scales is not None
     assert packed.value_scales is not None
     return {
@@ -213,6 +229,8 @@ def _encode_int8(keys: Tensor, values: Tensor, rows: Tensor) -> dict[str, Tensor
         "value_scales": packed.value_scales,
     }
 
+
+_GROUP = 32
 
 CODECS: Mapping[str, Codec] = {
     "bf16": Codec(
@@ -230,6 +248,16 @@ CODECS: Mapping[str, Codec] = {
             "value_scales": ((torch.bfloat16,), "M"),
         },
         encode=_encode_int8,
+    ),
+    "int4": Codec(
+        layout={
+            "keys": ((torch.uint8,), "MC"),
+            "key_scales": ((torch.bfloat16,), "GD"),
+            "values": ((torch.uint8,), "MC"),
+            "value_scales": ((torch.bfloat16,), "MV"),
+        },
+        encode=_encode_int4,
+        key_group=_GROUP,
     ),
 }
 
@@ -345,5 +373,20 @@ def _check_layout(codec: Codec, tensors: Mapping[str, Tensor], num_layers: int) 
         and sizes.get("R", num_rows) == num_rows
         and num_rows % num_layers == 0
         and _divides(tensors["rows"], sizes["M"])
+        and _is_sound(_kv(tensors, codec))
     ):
         raise CorruptEntry("a gist's tensors do not fit together")
+
+
+def _kv(tensors: Mapping[str, Tensor], codec: Codec) -> PackedKV:
+    scales = tensors.get("key_scales"), tensors.get("value_scales"), codec.key_group
+    return PackedKV(tensors["keys"], tensors["values"], tensors["rows"], *scales)
+
+
+def _is_sound(kv: PackedKV) -> bool:
+    """Whether kernels can read it."""
+    try:
+        kv.check()
+    except ValueError:
+        return False
+    return kv.key_scales is None or len(kv.key_scales) == int(kv.key_starts()[-1])

@@ -78,12 +78,27 @@ def test_int8_errs_by_less_than_its_bound(state: GistState) -> None:
     assert torch.all((again.values - state.values).abs() <= bound)
 
 
+@given(state=ragged_states())
+def test_int4_errs_by_less_than_its_bound(state: GistState) -> None:
+    again = unpack(pack(state, "int4")).floats(torch.float32)
+
+    for begin, end in zip(state.rows[:-1].tolist(), state.rows[1:].tolist(), strict=True):
+        for first in range(begin, end, 32):
+            part = slice(first, min(first + 32, end))
+            bound = state.keys[part].abs().amax(0) / 13.9 + 1e-37
+            assert torch.all((again.keys[part] - state.keys[part]).abs() <= bound)
+    half = state.values.shape[1] // 2
+    groups = state.values.abs().unflatten(1, (2, half)).amax(2)  # half a head is below 32 here
+    bound = groups.repeat_interleave(half, 1) / 13.9 + 1e-37
+    assert torch.all((again.values - state.values).abs() <= bound)
+
+
 @EVERY_CODEC
 def test_a_state_without_slots_can_be_stored(codec: str, make_state) -> None:
     packed = pack(make_state(lengths=(0, 0, 0, 0)), codec)
 
     assert num_slots(from_bytes(to_bytes(packed))) == 0
-    assert unpack(packed).keys.shape == (0, 8)
+    assert unpack(packed).kv.head_dim == 8
 
 
 @EVERY_CODEC
@@ -117,10 +132,11 @@ def test_writing_into_a_tensor_cannot_change_immutable_bytes(make_state) -> None
     assert to_bytes(packed) != blob == to_bytes(pack(make_state(), "int8"))
 
 
-def test_int8_takes_about_half_the_bytes(make_state) -> None:
+def test_smaller_numbers_take_fewer_bytes(make_state) -> None:
     state = make_state(lengths=(40,) * 4, size=64)
 
     assert pack(state, "int8").num_bytes < 0.56 * pack(state, "bf16").num_bytes
+    assert pack(state, "int4").num_bytes < 0.35 * pack(state, "bf16").num_bytes
 
 
 def test_keys_and_values_come_as_they_are_stored(make_state) -> None:
