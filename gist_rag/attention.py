@@ -1,9 +1,9 @@
 """Attention over gist slots and local tokens: what transformers calls in every layer.
 
 transformers hands keyword arguments of a model's forward pass down to a registered attention
-function, so composed gists travel as ``slots=``, what a compress pass may see as ``seeing=``, and
-the decay of keys as ``log_beta=``. Without them the function is SDPA, or flash-attn's where that is
-installed.
+function, so composed gists travel as ``slots=``, what a compress pass may see as ``visibility=``,
+and the decay of keys as ``log_beta=``. Without them the function is SDPA, or flash-attn's where
+that is installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from gist_rag.layout import Seeing, Slots
+from gist_rag.layout import Slots, Visibility
 from gist_rag_kernels import (
     Plan,
     RaggedSlots,
@@ -70,7 +70,7 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     slots: Reading | None = None,
-    seeing: Seeing | None = None,
+    visibility: Visibility | None = None,
     log_beta: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -80,7 +80,7 @@ def attend(
         query: ``(B, Hq, Q, D)``.
         key, value: ``(B, H, K, D)`` of the local tokens.
         attention_mask: ``(B, 1, Q, K)`` bool over the local tokens, or ``None`` for causal.
-        seeing: who sees whom, instead of a mask.
+        visibility: who sees whom, instead of a mask.
         log_beta: ``(L, B, H, K)`` decay per token of the local keys' weight, all layers.
 
     Returns:
@@ -97,10 +97,19 @@ def attend(
             scaling=scaling,
         )
         return faded.transpose(1, 2).contiguous(), None
-    if seeing is not None:
+    if visibility is not None:
         assert slots is None, "a passage with gists is read alone"
-        rule = (seeing.is_gist, seeing.local_from, seeing.gist_from, seeing.prefix)
-        seen = gist_attention(query, key, value, *rule, scaling=scaling, shift=seeing.shift)
+        seen = gist_attention(
+            query,
+            key,
+            value,
+            visibility.is_gist,
+            visibility.local_from,
+            visibility.gist_from,
+            visibility.prefix,
+            scaling=scaling,
+            shift=visibility.shift,
+        )
         return seen.transpose(1, 2).contiguous(), None
     if slots is None and attention_mask is None and (flash := flash_for(query)):
         rows = (x.transpose(1, 2) for x in (query, key, value))

@@ -29,7 +29,7 @@ from transformers import DynamicCache
 from gist_rag.attention import ATTENTION, Reading, kernels_of
 from gist_rag.constrain import Follower, Grammars
 from gist_rag.errors import BadInput, ContextOverflow, UnsupportedBackbone
-from gist_rag.layout import Layout, Seeing, Slots
+from gist_rag.layout import Layout, Slots, Visibility
 from gist_rag.mixture import Mixture
 from gist_rag.sampling import Chooser
 from gist_rag.types import Sampling
@@ -294,11 +294,11 @@ class Backbone:
 
     def _rule(self, layouts: Sequence[Layout], size: int) -> dict[str, Any]:
         """Who sees whom, as attention is told: for a kernel by the layouts, else by a mask."""
-        seeing = Seeing.of(layouts, size, self.device)
-        if choose(seeing.is_gist) == "triton":
-            return {"seeing": seeing.shifted()}
+        visibility = Visibility.of(layouts, size, self.device)
+        if choose(visibility.is_gist) == "triton":
+            return {"visibility": visibility.shifted()}
         itself = torch.eye(size, dtype=torch.bool, device=self.device)  # so padding sees something
-        return {"attention_mask": (seeing.mask() | itself)[:, None]}
+        return {"attention_mask": (visibility.mask() | itself)[:, None]}
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:

@@ -98,7 +98,8 @@ def compose(batch: Sequence[Sequence[Placed]], backbone: Backbone) -> Slots | No
     batch = [prompt or [nothing] for prompt in batch]  # so that each prompt has rows
     joined = _Joined.of(batch, backbone)
     learnt = any(t.requires_grad for t in (joined.kv.keys, joined.kv.values, joined.bias))
-    composed = (_moved if learnt and torch.is_grad_enabled() else _grown)(joined, backbone)
+    move = _compose_learnt if learnt and torch.is_grad_enabled() else _compose_stored
+    composed = move(joined, backbone)
     assert composed.bias is not None
     assert composed.order is not None
     return Slots(
@@ -158,12 +159,14 @@ class _Joined:
         earlier = behind - lengths
         before = earlier - earlier[first][prompt]  # slots of a prompt's earlier states
         total = (before + lengths)[last].view(shape).transpose(0, 1)  # (L, B, H)
-        widths = total.amax(2)  # (L, B)
+        widths = total.amax(2).cpu()  # (L, B); the only numbers that the host waits for
         widest = widths.amax(1, keepdim=True).expand(widths.shape)
         if int(widest.sum()) <= UNEVEN * int(widths.sum()):
             widths = widest  # rows of one width are read together
-        begins = row_starts(widths, shape[2]).transpose(0, 1).flatten(1)  # (B, L * H)
-        ends = begins + widths.T.repeat_interleave(shape[2], 1)
+        begins = row_starts(widths, shape[2])  # (L, B, H)
+        begins, ends = (
+            x.transpose(0, 1).flatten(1).to(device) for x in (begins, begins + widths[..., None])
+        )
         room = lengths.index_copy(0, last, ends - begins - before[last])
 
         bank = _bank(states)
@@ -209,8 +212,8 @@ def _join(states: Sequence[GistState], dtype: torch.dtype) -> PackedKV:
     )
 
 
-def _grown(joined: _Joined, backbone: Backbone) -> Composed:
-    """Slots from stored gists, in one launch."""
+def _compose_stored(joined: _Joined, backbone: Backbone) -> Composed:
+    """Gists as they are stored go to their places, in one launch."""
     return compose_packed(
         joined.kv,
         joined.offsets,
@@ -225,7 +228,7 @@ def _grown(joined: _Joined, backbone: Backbone) -> Composed:
     )
 
 
-def _moved(joined: _Joined, backbone: Backbone) -> Composed:
+def _compose_learnt(joined: _Joined, backbone: Backbone) -> Composed:
     """The same with gradients, which takes an angle for each slot."""
     lengths = joined.kv.rows.diff()
     rank = torch.arange(len(joined.bias), device=lengths.device)

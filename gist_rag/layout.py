@@ -147,11 +147,11 @@ class Layout:
 
     def mask(self) -> Tensor:
         """``(S, S)`` bool: row ``q`` may see column ``k``."""
-        return Seeing.of([self], len(self)).mask()[0]
+        return Visibility.of([self], len(self)).mask()[0]
 
 
 @dataclass(frozen=True)
-class Seeing:
+class Visibility:
     """The visibility rule of a batch of layouts, padded right.
 
     Attributes:

@@ -73,7 +73,7 @@ class GistState:
         keys: ``(M, D)`` keys *before* RoPE: floats, or as they are stored (``PackedKV``).
         values: ``(M, D)``, as ``keys``.
         bias: ``(M,)`` log-mass added to the attention logit of a slot; zeros for plain slots.
-        offsets: ``(M,)`` int32, place of each slot inside the passage.
+        offsets: ``(M,)`` int32, place of each slot inside the passage, below ``span`` or ``T``.
         rows: ``(L * H + 1,)`` int32, where each row's slots begin and end.
         num_layers: ``L``.
         span: positions the passage takes in a prompt, from ``N`` (packed) to ``T`` (spread).
