@@ -28,7 +28,7 @@ from operator import attrgetter
 
 from gist_rag.errors import BadInput
 from gist_rag.types import content_key, normalise
-from gist_rag.windows import SPACELESS, WINDOW, Index, Place, heads, place
+from gist_rag.windows import SPACELESS, WINDOW, Index, Place, find_heads, place
 
 MIN_CHARS = 48
 """Passages with fewer characters are not looked for in prompts."""
@@ -114,8 +114,8 @@ class PassageMatcher:
 
     def _candidates(self, folded: str) -> Iterator[Match]:
         """Spans that begin and measure as a known passage does, anchor by anchor."""
-        found = heads(folded)
-        for head, extents in self.index.extents(folded, found).items() if found else ():
+        heads = find_heads(folded)
+        for head, extents in self.index.extents(folded, heads).items() if heads else ():
             for lead, length in sorted(extents, reverse=True):
                 start, end = head - lead, head - lead + length
                 if length - lead >= self.min_chars and _fits(folded, start, end):

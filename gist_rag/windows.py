@@ -51,7 +51,7 @@ def place(folded: str) -> Place:
     return Place(folded[lead : lead + WINDOW], (lead, len(folded)))
 
 
-def heads(text: str) -> list[int]:
+def find_heads(text: str) -> list[int]:
     """Where passages may begin in a normalised text, and have a whole window of characters."""
     kinds = _kinds()[_codes(text[: max(0, len(text) - WINDOW + 1)])]
     in_word = kinds == _IN_WORD

@@ -19,7 +19,7 @@ from gist_rag.errors import BadInput
 from gist_rag.matching import PassageMatcher
 from gist_rag.store import GistStore, pack
 from gist_rag.types import GistState, Passage, content_key, normalise
-from gist_rag.windows import SPACELESS, WINDOW, MemoryIndex, heads, window_numbers
+from gist_rag.windows import SPACELESS, WINDOW, MemoryIndex, find_heads, window_numbers
 
 PASSAGES = [
     'The Loch Ness monster was first described as a "monster" on 2 May 1933.\n\nAlex Campbell\'s '
@@ -495,7 +495,7 @@ def test_window_numbers_stay_as_they_are():
 def test_heads_are_words_and_each_letter_of_a_script_without_spaces(text):
     words = re.compile(rf"[^\W_{SPACELESS}]+|[^\W_]")
     begins = [word.start() for word in words.finditer(text)]
-    assert heads(text) == [at for at in begins if at + WINDOW <= len(text)]
+    assert find_heads(text) == [at for at in begins if at + WINDOW <= len(text)]
 
 
 def test_window_numbers_are_spread_evenly():
