@@ -180,6 +180,7 @@ def fill_readme() -> None:
     both = read("quality/results/rag_p5_both.json")["arms"]
     many = {n: read(f"quality/results/rag_p{n}_both.json")["arms"] for n in (10, 20)}
     trained = read("quality/results/trained_p1.json")["arms"]
+    int4 = read("quality/results/rag_p1_int4.json")["arms"]
     plain_one = read("quality/results/nq_p1_balanced.json")["arms"]
     plain_five = read("quality/results/nq_p5_balanced.json")["arms"]
     ttft = {r["passages"]: r for r in read("serving/results/ttft_cpu.json")["results"]}
@@ -244,7 +245,9 @@ def fill_readme() -> None:
         f"16x), not several (`best` {_kept(best_five)} at 16x with five).",
         f"- **KV gists are larger than text on disk**: {ttft[1]['bytes'] / 1e6:.2f} MB for a passage "
         f"of {ttft[1]['source_tokens']} tokens at 8x in bf16 with this model (its text: about "
-        "1 kB), half of that with `--codec int8`.",
+        f"1 kB), half of that with `--codec int8`, a third with `--codec int4`, which keeps "
+        f"{_kept(at(int4, 8))} at 8x and {_kept(at(int4, 4))} at 4x ({int4['full']['n']} questions, "
+        "one passage): 4x in four bits is smaller than 8x in sixteen, and better.",
         f"- **Compressing costs** {presets['balanced']['prefills']:.1f} prefills of the passage "
         f"(`balanced`: {presets['balanced']['seconds_per_passage']:.1f} s for "
         f"{cost['meta']['median_tokens']:.0f} tokens on this CPU), {presets['fast']['prefills']:.1f} "
