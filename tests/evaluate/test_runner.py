@@ -70,6 +70,23 @@ def test_the_result_names_its_origin(result: dict[str, Any]) -> None:
     json.dumps(result)
 
 
+def test_gists_are_read_as_they_would_be_stored(tiny_model_folder: Path) -> None:
+    """Fewer bits move the likelihood of answers further, and that of text not at all."""
+    nll: dict[str | None, dict[str, float]] = {}
+    for codec in (None, "bf16", "int8", "int4"):
+        config = EvaluateConfig(
+            task=QUESTIONS, model=str(tiny_model_folder), limit=4, arms=("reuse",), codec=codec
+        )
+        arms = evaluate(config)["arms"]
+        nll[codec] = {name: row["nll"] for name, row in arms.items()}
+    assert len({row["full"] for row in nll.values()}) == 1
+    off = {codec: abs(row["reuse"] - nll[None]["reuse"]) for codec, row in nll.items()}
+    assert off["bf16"] < off["int4"]
+    assert off["int8"] < off["int4"] < 0.1
+    with pytest.raises(BadInput, match="int3"):
+        evaluate(config.model_copy(update={"codec": "int3"}))
+
+
 def test_expanded_arms_read_a_passage_as_text(tiny_model_folder: Path) -> None:
     """One of three passages as text: its tokens and the slots of the two others. All three: the
     prompt is text, and what is read of it is what ``full`` reads."""
