@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
-from gist_rag.compose import Placed, compose
+from gist_rag.compose import Placed, Positions, compose
 from gist_rag.errors import BadInput
 
 TOGETHER = 0.2
 """Share of the weight of all passages together beside those read apart."""
+APART: Positions = "parallel"
+"""Positions where passages are read apart: in the prompt with all of them none comes first, so that
+their order changes nothing."""
 ROWS = 32
 """Prompts that are judged in one pass."""
 

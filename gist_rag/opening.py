@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
 from gist_rag.compose import Placed, Positions, arrange, compose
-from gist_rag.focus import Expand, Focus, log_likelihoods
+from gist_rag.focus import APART, Expand, Focus, log_likelihoods
 from gist_rag.layout import Slots
 from gist_rag.mixture import Mixture
 from gist_rag.prompt import Known, Segment, Text, as_text, num_known, with_only, without_gaps
@@ -123,7 +123,9 @@ class Opener:
             _, opening = self._open(chosen, states, sampling, lap)
         return opening
 
-    def plan(self, segments: Sequence[Segment], states: States) -> Plan:
+    def plan(
+        self, segments: Sequence[Segment], states: States, positions: Positions | None = None
+    ) -> Plan:
         """Positions of everything in one row.
 
         The first text is the prefix. Passages with nothing but whitespace between them stand side
@@ -137,7 +139,7 @@ class Opener:
             states[s.content] if isinstance(s, Known) else self.backbone.tokenize(s.text)
             for s in following
         ]
-        placed, text = arrange(pieces, len(prefix), self.positions)
+        placed, text = arrange(pieces, len(prefix), positions or self.positions)
         known = [s for s in following if isinstance(s, Known)]
         end = pieces[-1]
         assert isinstance(end, Tensor)  # a passage never ends a prompt
@@ -171,7 +173,10 @@ class Opener:
     ) -> tuple[list[_Chosen], Opening]:
         """Compose and read. Where passages are read apart, all rows are read up to the first
         token, and those that matter go on; the prompts then say what has been found out."""
-        rows = [[self.plan(s, states) for s in prompt.rows()] for prompt in prompts]
+        rows = [
+            [self.plan(s, states, APART if prompt.readings else None) for s in prompt.rows()]
+            for prompt in prompts
+        ]
         plans = [plan for one in rows for plan in one]
         texts = [plan.text for plan in plans]
         owner = _owner(rows)

@@ -206,7 +206,7 @@ def test_focus_first_and_then_expand(make_engine: Engines, passages: list[Passag
 
 
 def test_passages_apart_answer_together(make_engine: Engines, passages: list[Passage]) -> None:
-    """Without all of them together their order does not matter, and one alone is itself."""
+    """The best of them, and one alone is itself."""
     engine = make_engine(settings={"ratio": 4}, focus=Focus(2, apart=True, together=0))
     engine.precompute(passages[:3])
     one, other = (ask(engine, prompt(p)) for p in (passages[:3], passages[2::-1]))
@@ -215,6 +215,24 @@ def test_passages_apart_answer_together(make_engine: Engines, passages: list[Pas
     assert {p.content for p in one.passages} == {p.content for p in other.passages}
     alone = ask(engine, prompt(passages[:1]))
     assert (alone.stats.hits, alone.stats.left_out) == (1, 0)
+
+
+@pytest.mark.parametrize("together", [0.0, 0.2, 1 - 1e-6])
+def test_the_order_of_passages_apart_does_not_matter(
+    make_engine: Engines, passages: list[Passage], together: float
+) -> None:
+    """Nor does it where all of them together answer too: none stands before another."""
+    focus = Focus(2, apart=True, together=together)
+    engine = make_engine(settings={"ratio": 4}, focus=focus)
+    engine.precompute(passages[:4])
+    logits = []
+    for order in ((0, 1, 2, 3), (2, 0, 3, 1)):
+        segments, fetched = engine._fetch(
+            [engine.segments(prompt([passages[i] for i in order]))], ["auto"]
+        )
+        opened = engine._opener.open(segments, fetched.states, [Sampling()]).opened
+        logits.append(opened.mixture(opened.logits[:, -1])[0])
+    assert torch.allclose(logits[0], logits[1], atol=1e-4)
 
 
 def test_all_together_answer_with_those_apart(
@@ -231,7 +249,7 @@ def test_all_together_answer_with_those_apart(
         if share:
             assert (answer.stats.hits, answer.stats.left_out) == (3, 0)
             assert [p.content for p in answer.passages] == [p.content for p in passages[:3]]
-    plain = make_engine(settings={"ratio": 4})
+    plain = make_engine(settings={"ratio": 4}, positions="parallel")
     plain.precompute(passages[:3])
     assert texts[1 - 1e-6] == ask(plain, prompt(passages[:3])).text
     assert texts[1e-6] == texts[0.0]

@@ -33,7 +33,7 @@ from gist_rag.evaluate import metrics
 from gist_rag.evaluate.environment import environment
 from gist_rag.evaluate.probes import make_probe
 from gist_rag.evaluate.tasks import Example, Task, load_task
-from gist_rag.focus import TOGETHER, Expand, Focus, log_likelihoods
+from gist_rag.focus import APART, TOGETHER, Expand, Focus, log_likelihoods
 from gist_rag.mixture import Mixture
 from gist_rag.models import DEFAULT_RAG_MODEL
 from gist_rag.prompt import rag_messages, rag_pieces
@@ -316,17 +316,24 @@ class _Arms:
             kept = {place: s for place, s in enumerate(states) if place not in as_text}
             return [self._mixed(example, kept, source)]
         readings, weights = arm.focus.readings(likelihoods)
+        positions = APART if arm.focus.apart else None
         return [
-            replace(self._only(example, states, places, source), log_weight=weight)
+            replace(self._only(example, states, places, source, positions), log_weight=weight)
             for places, weight in zip(readings, weights.tolist(), strict=True)
         ]
 
     def _only(
-        self, example: Example, states: Sequence[GistState], places: Sequence[int], source: int
+        self,
+        example: Example,
+        states: Sequence[GistState],
+        places: Sequence[int],
+        source: int,
+        positions: Positions | None = None,
     ) -> _Reading:
         """Some passages as gists, without the others."""
         example = replace(example, passages=tuple(example.passages[i] for i in places))
-        return self._mixed(example, dict(enumerate(states[i] for i in places)), source)
+        kept = dict(enumerate(states[i] for i in places))
+        return self._mixed(example, kept, source, positions)
 
     def _likelihoods(self, example: Example, states: Sequence[GistState]) -> Tensor:
         """How likely each passage, alone, makes the question."""
@@ -339,7 +346,13 @@ class _Arms:
             [len(r.text.ids) for r in alone],
         )
 
-    def _mixed(self, example: Example, states: Mapping[int, GistState], source: int) -> _Reading:
+    def _mixed(
+        self,
+        example: Example,
+        states: Mapping[int, GistState],
+        source: int,
+        positions: Positions | None = None,
+    ) -> _Reading:
         """Some passages as gists, the others as text."""
         if not states:
             return self._plain(example.question, example.passages, source, source)
@@ -349,7 +362,7 @@ class _Arms:
             self._prefixes[before] = self.backbone.prefix(self.backbone.tokenize(before))
         prefix, rest = self._prefixes[before], iter(states.values())
         following = [next(rest) if p is None else self.backbone.tokenize(p) for p in pieces]
-        placed, text = arrange(following, len(prefix), self.config.positions)
+        placed, text = arrange(following, len(prefix), positions or self.config.positions)
         slots = sum(s.mean_slots for s in states.values())
         slots += sum(len(self.backbone.tokenize(t)) for t in given if t is not None)
         return _Reading(prefix, placed, text, slots, source)
