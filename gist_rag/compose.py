@@ -26,10 +26,6 @@ by the longest one only."""
 DEFAULT_POSITIONS: Positions = "sequence"
 
 
-UNEVEN = 1.5
-"""Slots with padding for each without, from which on the rows of a batch keep their own widths."""
-
-
 @dataclass(frozen=True)
 class Placed:
     """A state and the position of its first token."""
@@ -118,7 +114,9 @@ def compose(batch: Sequence[Sequence[Placed]], backbone: Backbone) -> Slots | No
 class _Joined:
     """``P`` states of a batch of prompts one after the other, and where their rows go.
 
-    The result is one flat buffer in (layer, batch row, head, slot) order.
+    The result is one flat buffer in (layer, batch row, head, slot) order. Rows have one of two
+    widths in each layer, that of the widest or of those that have not half of it, so that a passage
+    read apart is not padded to all of them together.
 
     Attributes:
         kv: keys and values, ``R = P * L * H`` rows.
@@ -160,9 +158,9 @@ class _Joined:
         before = earlier - earlier[first][prompt]  # slots of a prompt's earlier states
         total = (before + lengths)[last].view(shape).transpose(0, 1)  # (L, B, H)
         widths = total.amax(2).cpu()  # (L, B); the only numbers that the host waits for
-        widest = widths.amax(1, keepdim=True).expand(widths.shape)
-        if int(widest.sum()) <= UNEVEN * int(widths.sum()):
-            widths = widest  # rows of one width are read together
+        widest = widths.amax(1, keepdim=True)
+        narrow = 2 * widths <= widest
+        widths = torch.where(narrow, (widths * narrow).amax(1, keepdim=True), widest)
         begins = row_starts(widths, shape[2])  # (L, B, H)
         begins, ends = (
             x.transpose(0, 1).flatten(1).to(device) for x in (begins, begins + widths[..., None])

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Literal, Self
 
 import torch
@@ -267,8 +267,8 @@ class SlotRows:
 class Slots:
     """Composed gists of a batch of prompts, rotated and ready to be attended to.
 
-    Heads are ragged, so each is padded to the longest one of its layer, or of its layer and row.
-    All share one flat buffer of ``R`` slots in (layer, batch row, KV head, slot) order.
+    Heads are ragged, so each is padded to the width of its layer and row. All share one flat buffer
+    of ``R`` slots in (layer, batch row, KV head, slot) order.
 
     Attributes:
         keys: ``(R, D)`` after RoPE.
@@ -304,11 +304,10 @@ class Slots:
         return firsts
 
     def rows(self, index: int) -> list[SlotRows]:
-        """One layer: all rows where they have one width, else each by itself."""
-        widths = self.widths[index]
-        if len({*widths}) == 1:
-            return [self._rows(index, slice(0, len(widths)))]
-        return [self._rows(index, slice(row, row + 1)) for row in range(len(widths))]
+        """One layer, neighbours of one width together."""
+        sizes = [len([*same]) for _, same in groupby(self.widths[index])]
+        ends = [0, *accumulate(sizes)]
+        return [self._rows(index, slice(*bounds)) for bounds in pairwise(ends)]
 
     def layer(self, index: int) -> SlotRows:
         """One layer with all rows padded to one width."""
