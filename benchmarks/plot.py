@@ -180,6 +180,7 @@ def fill_readme() -> None:
     both = read("quality/results/rag_p5_both.json")["arms"]
     many = {n: read(f"quality/results/rag_p{n}_both.json")["arms"] for n in (10, 20)}
     trained = read("quality/results/trained_p1.json")["arms"]
+    refined = read("quality/results/rag_p5_thorough.json")["arms"]
     int4 = read("quality/results/rag_p1_int4.json")["arms"]
     plain_one = read("quality/results/nq_p1_balanced.json")["arms"]
     plain_five = read("quality/results/nq_p5_balanced.json")["arms"]
@@ -211,7 +212,7 @@ def fill_readme() -> None:
         f"| 5, also the best 3 apart (`apart=3`; {both['full']['n']} questions) | "
         f"{_kept(at(both, '8^3'))} | {_found(at(both, '8^3'))} | {_found(both['full'])} |",
         *(
-            f"| {n}, so ({arms['full']['n']} questions) | {_kept(at(arms, '8^3'))} | "
+            f"| {n}, the same ({arms['full']['n']} questions) | {_kept(at(arms, '8^3'))} | "
             f"{_found(at(arms, '8^3'))} | {_found(arms['full'])} |"
             for n, arms in many.items()
         ),
@@ -242,10 +243,12 @@ def fill_readme() -> None:
         f"contain the gold answer in {_found(at(one, 16))} and {_found(at(five, 16))}. Exact names "
         "and numbers go first; use 4x where they matter. Compressing more thoroughly helps one "
         f"passage (without the reader: `thorough` {_kept(moved)} at 8x, `best` {_kept(best_one)} at "
-        f"16x), not several (`best` {_kept(best_five)} at 16x with five).",
+        f"16x), not several read together (`best` {_kept(best_five)} at 16x with five); with `apart=3` "
+        f"and the reader `thorough` keeps {_kept(at(refined, '16^3'))} of five at 16x and answers "
+        f"{_found(at(refined, '16^3'))} right, as the text does ({refined['full']['n']} questions).",
         f"- **KV gists are larger than text on disk**: {ttft[1]['bytes'] / 1e6:.2f} MB for a passage "
         f"of {ttft[1]['source_tokens']} tokens at 8x in bf16 with this model (its text: about "
-        f"1 kB), half of that with `--codec int8`, a third with `--codec int4`, which keeps "
+        f"1 kB), half of that with `--codec int8`, a third with `int4`, which keeps "
         f"{_kept(at(int4, 8))} at 8x and {_kept(at(int4, 4))} at 4x ({int4['full']['n']} questions, "
         "one passage): 4x in four bits is smaller than 8x in sixteen, and better.",
         f"- **Compressing costs** {presets['balanced']['prefills']:.1f} prefills of the passage "
