@@ -201,15 +201,18 @@ def read_bank(reading: Reading, layer: int, query: Tensor, scaling: float) -> Te
     slots = reading.slots
     if slots.bank is None or not any(slots.widths[layer]):
         return torch.zeros_like(query)
-    every = slots.layer(layer)
-    keys, values = every.keys.float(), every.values.float()  # (B, H, N, D)
-    grouped = query.float().unflatten(1, (slots.heads, -1))  # (B, H, G, Q, D)
-    logits = grouped @ keys[:, :, None].mT * scaling
-    logits = logits + every.visible_bias(reading.seen)[:, :, None]
-    temperature = torch.where(slots.lengths[layer] < MANY, 1.0, slots.bank)  # (B, H)
-    logits = logits / temperature[..., None, None, None]
-    share = nn.functional.pad(logits, (1, 0)).softmax(-1)[..., 1:]  # logit 0: none of them
-    return (share @ values[:, :, None]).flatten(1, 2).to(query.dtype)
+    read = []
+    for part in slots.rows(layer):
+        keys, values = part.keys.float(), part.values.float()  # (b, H, N, D)
+        grouped = query[part.rows].float().unflatten(1, (slots.heads, -1))  # (b, H, G, Q, D)
+        logits = grouped @ keys[:, :, None].mT * scaling
+        logits = logits + part.visible_bias(reading.seen)[:, :, None]
+        few = slots.lengths[layer, part.rows] < MANY
+        temperature = torch.where(few, 1.0, slots.bank)  # (b, H)
+        logits = logits / temperature[..., None, None, None]
+        share = nn.functional.pad(logits, (1, 0)).softmax(-1)[..., 1:]  # logit 0: none of them
+        read.append((share @ values[:, :, None]).flatten(1, 2))
+    return torch.cat(read).to(query.dtype)
 
 
 AttentionInterface.register(ATTENTION, attend)

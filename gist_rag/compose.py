@@ -172,7 +172,7 @@ class _Joined:
         starts = [0 if bank is not None else p.start for p in placed]
         return cls(
             kv=_join(states, backbone.dtype),
-            bias=torch.cat([state.bias for state in states]),
+            bias=torch.cat([state.bias for state in states]).float(),
             # a bank has no order, so no places either
             offsets=offsets if bank is None else torch.zeros_like(offsets),
             starts=torch.tensor(starts, device=device),

@@ -309,28 +309,9 @@ class Slots:
         ends = [0, *accumulate(sizes)]
         return [self._rows(index, slice(*bounds)) for bounds in pairwise(ends)]
 
-    def layer(self, index: int) -> SlotRows:
-        """One layer with all rows padded to one width."""
-        rows = self.rows(index)
-        if len(rows) == 1:
-            return rows[0]
-        width = max(self.widths[index])
-
-        def padded(tensors: Sequence[Tensor], value: float = 0.0) -> Tensor:
-            whole = []
-            for tensor in tensors:
-                missing = tensor.new_full((*tensor.shape[:2], width, *tensor.shape[3:]), value)
-                missing[:, :, : tensor.shape[2]] = tensor
-                whole.append(missing)
-            return torch.cat(whole)
-
-        return SlotRows(
-            slice(0, len(rows)),
-            padded([part.keys for part in rows]),
-            padded([part.values for part in rows]),
-            padded([part.bias for part in rows], -torch.inf),
-            padded([part.order for part in rows]),
-        )
+    def row(self, index: int, row: int) -> SlotRows:
+        """One row of one layer."""
+        return self._rows(index, slice(row, row + 1))
 
     def _rows(self, index: int, rows: slice) -> SlotRows:
         count, width = rows.stop - rows.start, self.widths[index][rows.start]

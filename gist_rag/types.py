@@ -243,7 +243,9 @@ class GistState:
         if self.key_scales is None:
             return replace(self, keys=self.keys.to(dtype), values=self.values.to(dtype))
         keys, values = dequantise(self.kv, dtype)
-        return replace(self, keys=keys, values=values, key_scales=None, value_scales=None)
+        return replace(
+            self, keys=keys, values=values, key_scales=None, value_scales=None, key_group=0
+        )
 
 
 @dataclass(frozen=True)

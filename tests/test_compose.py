@@ -145,6 +145,16 @@ def test_stored_gists_are_composed_as_the_floats_they_stand_for(
             assert torch.allclose(getattr(other, name).detach().float(), expected, atol=1e-5), name
 
 
+def test_log_mass_is_composed_in_float32(backbone: Backbone, passages: list[Passage]) -> None:
+    """Also where it is learnt in fewer digits."""
+    [state] = make_compressor("full", backbone).compress([backbone.tokenize(passages[0].text)])
+    for learnt in (False, True):
+        half = replace(state, bias=state.bias.bfloat16().requires_grad_(learnt))
+        slots = compose([[Placed(half, 0)]], backbone)
+        assert slots is not None
+        assert (slots.bias.dtype, slots.bias.requires_grad) == (torch.float32, learnt)
+
+
 def test_text_before_a_passage_does_not_see_it(backbone: Backbone, passages: list[Passage]) -> None:
     [state] = make_compressor("full", backbone).compress([backbone.tokenize(passages[0].text)])
     before, after = backbone.tokenize("Listen:"), backbone.tokenize("What is WAL?")
@@ -213,9 +223,9 @@ def test_slots_hold_each_heads_keys_in_passage_order(
     assert slots is not None
     for row, prompt in enumerate(placed):
         for layer in range(backbone.num_layers):
-            every = slots.layer(layer)
+            part = slots.row(layer, row)
             keys, values, bias, order = (
-                x[row] for x in (every.keys, every.values, every.bias, every.order)
+                x[0] for x in (part.keys, part.values, part.bias, part.order)
             )
             for head in range(backbone.num_heads):
                 expected = [

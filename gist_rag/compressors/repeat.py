@@ -52,12 +52,10 @@ class Repeat:
         """Keys after RoPE and values ``(L * H, T, D)`` of one passage as the pass saw them."""
         slots, tokens = self.context.slots, self.num_tokens[row]
         assert slots is not None
-        layers = [slots.layer(i) for i in range(len(self.queries))]
-        keys, values = (
-            torch.stack([kv[row, :, :tokens] for kv in part]).flatten(0, 1).float()
-            for part in ([layer.keys for layer in layers], [layer.values for layer in layers])
-        )
-        return keys, values
+        layers = [slots.row(i, row) for i in range(len(self.queries))]
+        keys = torch.cat([layer.keys[0, :, :tokens] for layer in layers])
+        values = torch.cat([layer.values[0, :, :tokens] for layer in layers])
+        return keys.float(), values.float()
 
     @cached_property
     def prefix_kv(self) -> tuple[Tensor, Tensor]:
