@@ -3,8 +3,8 @@
 Arms are ``closed`` (no passages), ``full`` (text), ``truncated`` (text cut to the same number of
 slots), ``reuse`` (uncompressed gists) and compressors, each ``name`` or ``name@ratio``. Behind it
 may stand what is done with the ``n`` passages that matter most (``gist_rag.focus``): ``:n`` reads
-them alone of all, ``~n`` reads each of them apart, ``^n`` does so and reads all together besides,
-and ``+n`` reads them as text among the others.
+them alone of all, ``~n`` reads each of them apart, ``^n`` does so and reads all together besides;
+and last, ``+n`` has them as text wherever they are read.
 Each prediction says in what ``doubt`` it was made, so that a threshold can be found afterwards.
 
 Scores are the gold answer's NLL per token, the share of questions whose gold answer is likelier per
@@ -188,12 +188,14 @@ def _figures(arm: _FieldScores, closed: _FieldScores, full: _FieldScores) -> dic
 
 @dataclass(frozen=True)
 class Arm:
-    """``name@ratio``, and perhaps ``how`` the ``many`` passages that matter most are read."""
+    """``name@ratio``, perhaps ``how`` the ``many`` passages that matter most are read, and of how
+    many the text is read (``expanded``)."""
 
     name: str
     ratio: float | None
     how: str = ""
     many: int = 0
+    expanded: int = 0
 
     @classmethod
     def parse(cls, text: str, ratio: float) -> Self:
@@ -204,23 +206,30 @@ class Arm:
             BadInput: no ratio, or no number of passages, where there should be one; or passages to
                 be chosen from those of an arm that reads no gists.
         """
-        front, how, many = re.fullmatch(r"(.*?)(?:([:~^+])([^:~^+]*))?", text, re.S).groups("")  # type: ignore[union-attr]
-        name, _, given = front.partition("@")
+        form = r"(.*?)(?:@([^@]*?))?(?:([:~^])(\d+))?(?:\+(\d+))?"
+        name, given, how, many, expanded = re.fullmatch(form, text, re.S).groups("")  # type: ignore[union-attr]
+        default = ratio if name in UNTRAINED else None
         try:
-            default = ratio if name in UNTRAINED else None
-            arm = cls(name, float(given) if given else default, how, int(many) if how else 0)
+            chosen = float(given) if given else default
         except ValueError as error:
             raise BadInput(
-                f"arm {text!r} is not name or name@ratio, perhaps with :n, ~n, ^n or +n behind it"
+                f"arm {text!r} is not name or name@ratio, perhaps with :n, ~n or ^n behind it, "
+                "and then with +n"
             ) from error
-        if how and name in TEXT_ARMS:
+        arm = cls(name, chosen, how, int(many or 0), int(expanded or 0))
+        if arm.chooses and name in TEXT_ARMS:
             raise BadInput(f"arm {text!r}: {name} reads no gists to choose from")
         return arm
 
     @property
+    def chooses(self) -> bool:
+        """Whether it asks which passages matter."""
+        return bool(self.how or self.expanded)
+
+    @property
     def focus(self) -> Focus | None:
         """What it reads of its passages; ``None`` for all, together."""
-        if self.how in ("", "+"):
+        if not self.how:
             return None
         together = TOGETHER if self.how == "^" else 0.0
         return Focus(self.many, apart=self.how != ":", together=together)
@@ -258,7 +267,7 @@ class _Arms:
         likelihoods = {
             arm.gists: self._likelihoods(example, states[arm.gists])
             for arm in self.arms.values()
-            if arm.how
+            if arm.chooses
         }
         out = {}
         for text, arm in self.arms.items():
@@ -309,35 +318,39 @@ class _Arms:
         likelihoods: Tensor | None,
     ) -> list[_Reading]:
         """All passages as gists, or what the arm chooses of them."""
-        if likelihoods is None or not arm.how:
-            return [self._mixed(example, dict(enumerate(states)), source)]
+        everything = list(range(len(states)))
+        if likelihoods is None:
+            return [self._reading(example, states, everything, source)]
+        as_text = Expand(0.0, arm.expanded).chosen(likelihoods)
         if arm.focus is None:
-            as_text = Expand(0.0, arm.many).chosen(likelihoods)
-            kept = {place: s for place, s in enumerate(states) if place not in as_text}
-            return [self._mixed(example, kept, source)]
+            return [self._reading(example, states, everything, source, as_text)]
         readings, weights = arm.focus.readings(likelihoods)
         positions = APART if arm.focus.apart else None
         return [
-            replace(self._only(example, states, places, source, positions), log_weight=weight)
+            replace(
+                self._reading(example, states, places, source, as_text, positions),
+                log_weight=weight,
+            )
             for places, weight in zip(readings, weights.tolist(), strict=True)
         ]
 
-    def _only(
+    def _reading(
         self,
         example: Example,
         states: Sequence[GistState],
         places: Sequence[int],
         source: int,
+        as_text: Sequence[int] = (),
         positions: Positions | None = None,
     ) -> _Reading:
-        """Some passages as gists, without the others."""
+        """Passages at ``places`` without the others, as gists unless they are to be text."""
         example = replace(example, passages=tuple(example.passages[i] for i in places))
-        kept = dict(enumerate(states[i] for i in places))
+        kept = {n: states[i] for n, i in enumerate(places) if i not in as_text}
         return self._mixed(example, kept, source, positions)
 
     def _likelihoods(self, example: Example, states: Sequence[GistState]) -> Tensor:
         """How likely each passage, alone, makes the question."""
-        alone = [self._only(example, states, [place], 0) for place in range(len(states))]
+        alone = [self._reading(example, states, [place], 0) for place in range(len(states))]
         return log_likelihoods(
             self.backbone,
             [r.prefix for r in alone],
@@ -355,7 +368,8 @@ class _Arms:
     ) -> _Reading:
         """Some passages as gists, the others as text."""
         if not states:
-            return self._plain(example.question, example.passages, source, source)
+            slots = sum(len(self.backbone.tokenize(text)) for text in example.passages)
+            return self._plain(example.question, example.passages, slots, source)
         given = [None if place in states else t for place, t in enumerate(example.passages)]
         before, pieces = rag_pieces(example.question, given, self.backbone.render)
         if before not in self._prefixes:
