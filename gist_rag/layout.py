@@ -141,6 +141,19 @@ class Layout:
         return int(self.position.max()) + 1 if len(self) else 0
 
     @property
+    def shares(self) -> tuple[Tensor, Tensor]:
+        """``(G,)`` starts and exclusive ends of the tokens that each gist stands for: those since
+        the gists before it, or since the ``prefix``, evenly among gists side by side. A gist with
+        more neighbours than tokens may have none."""
+        ends = (~self.is_gist).cumsum(0)[self.is_gist]
+        runs, run, counts = ends.unique_consecutive(return_inverse=True, return_counts=True)
+        sinks = (~self.is_gist)[: self.prefix].sum()
+        starts = torch.cat((sinks[None], runs[:-1])).clamp_min(sinks).minimum(runs)
+        place = torch.arange(len(ends)) - (counts.cumsum(0) - counts)[run]
+        first, size, count = starts[run], (runs - starts)[run], counts[run]
+        return first + size * place // count, first + size * (place + 1) // count
+
+    @property
     def is_causal(self) -> bool:
         """Every slot sees all earlier ones, so no mask is needed."""
         return not bool(self.local_from.any() or self.gist_from.any())

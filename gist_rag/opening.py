@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -50,17 +50,27 @@ class Plan:
     end: int
     expanded: int = 0
 
+    @property
+    def gists(self) -> Iterator[tuple[Known, Placed]]:
+        return zip(self.known, self.placed, strict=True)
+
     @classmethod
-    def joined(cls, rows: Sequence[Self], expanded: int) -> Self:
-        """Of a prompt, from its rows: one for each passage, or a last one that has them all."""
-        read = rows[-1:] if len(rows[-1].known) > 1 else rows
+    def joined(cls, rows: Sequence[Self], expanded: Collection[str]) -> Self:
+        """Of a prompt, from its rows: one for each passage, and perhaps one that has them all.
+
+        Args:
+            expanded: contents that are read as text.
+        """
+        widest = sorted(rows, key=lambda row: -len(row.known))  # its order is the prompt's
+        known = {gist[0].content: gist for row in widest for gist in row.gists}
+        gists = [gist for content, gist in known.items() if content not in expanded]
         return cls(
             rows[0].prefix,
-            [p for row in read for p in row.placed],
-            [k for row in read for k in row.known],
+            [placed for _, placed in gists],
+            [known for known, _ in gists],
             Local.join([row.text for row in rows]),
             rows[0].end,
-            expanded,
+            len(expanded),
         )
 
 
@@ -128,11 +138,11 @@ class Opener:
     ) -> Plan:
         """Positions of everything in one row.
 
-        The first text is the prefix. Passages with nothing but whitespace between them stand side
-        by side; that whitespace is left out. Other text is read in one pass at the end, each piece
-        seeing the passages before it.
+        The first text is the prefix; where no passage is a gist, all texts but the last. Passages
+        with nothing but whitespace between them stand side by side; that whitespace is left out.
+        Other text is read in one pass at the end, each piece seeing the passages before it.
         """
-        first = int(isinstance(segments[0], Text) and num_known(segments) > 0)
+        first = int(isinstance(segments[0], Text)) if num_known(segments) else len(segments) - 1
         prefix = self.backbone.tokenize("".join(s.text for s in segments[:first]))
         following = without_gaps(segments[first:])
         pieces = [
@@ -184,12 +194,15 @@ class Opener:
         context = Context([self._prefix(p.prefix) for p in plans], self._compose(plans))
         lap("compose_ms")
         apart = len(plans) > len(prompts)
-        counts = [plan.end for plan in plans] if apart else None
-        opened = self.backbone.open(context, texts, self.reader, counts=counts)
+        counts = [
+            0 if prompts[i].likelihoods is not None else plans[row].end
+            for row, i in enumerate(owner)
+        ]
+        opened = self.backbone.open(context, texts, self.reader, counts=counts if apart else None)
         if apart:
             prompts, rows, opened = self._select(prompts, rows, opened)
         joined = zip(rows, prompts, strict=True)
-        whole = [Plan.joined(one, prompt.expanded) for one, prompt in joined]
+        whole = [Plan.joined(one, prompt.as_text) for one, prompt in joined]
         return list(prompts), Opening(whole, opened)
 
     def _select(
@@ -205,10 +218,12 @@ class Opener:
         for prompt, one, found in zip(prompts, rows, likelihoods, strict=True):
             going, weight = [0], found.new_zeros(1)
             if prompt.readings:
-                alone = found[: num_known(prompt.segments)]
-                prompt = replace(prompt, likelihoods=alone)
+                alone = prompt.likelihoods
+                if alone is None:
+                    alone = found[: num_known(prompt.segments)]
                 readings, weight = self.focus.readings(alone)
                 going = [prompt.readings.index(reading) for reading in readings]
+                prompt = replace(prompt, readings=readings, likelihoods=alone)
             judged.append(prompt)
             kept.append([one[row] for row in going])
             places += [first + row for row in going]
@@ -228,8 +243,7 @@ class Opener:
     def _expanded(
         self, prompts: Sequence[_Chosen], doubtful: Sequence[int], states: States
     ) -> list[_Chosen]:
-        """Prompts with what matters as text where there is doubt. It is read with the others, or,
-        where these would be apart, without them."""
+        """Prompts with what matters as text where there is doubt."""
         assert self.expand is not None
         chosen = list(prompts)
         unjudged = [i for i in doubtful if prompts[i].likelihoods is None]
@@ -238,10 +252,7 @@ class Opener:
         for i in doubtful:
             likelihoods = prompts[i].likelihoods
             places = self.expand.chosen(judged[i] if likelihoods is None else likelihoods)
-            segments = prompts[i].segments
-            if prompts[i].readings:
-                segments, places = with_only(segments, places), list(range(len(places)))
-            chosen[i] = _Chosen(as_text(segments, places), expanded=len(places))
+            chosen[i] = replace(prompts[i], expanded=places)
         return chosen
 
     def _judge(self, prompts: Sequence[Sequence[Segment]], states: States) -> Sequence[Tensor]:
@@ -288,18 +299,32 @@ class _Chosen:
     Attributes:
         readings: places of the passages that each row is to have; none: one row with all.
         likelihoods: ``(P,)`` of its passages, where they have been judged.
-        expanded: how many of its passages are text by now.
+        expanded: places of those that are to be read as text, where there are ``readings`` in the
+            one that has nothing else.
     """
 
     segments: Sequence[Segment]
     readings: Sequence[list[int]] = ()
     likelihoods: Tensor | None = None
-    expanded: int = 0
+    expanded: Sequence[int] = ()
+
+    @property
+    def as_text(self) -> list[str]:
+        """Contents that are read as text."""
+        known = [s.content for s in self.segments if isinstance(s, Known)]
+        alone = [r[0] for r in self.readings if len(r) == 1] if self.readings else self.expanded
+        return [known[place] for place in self.expanded if place in alone]
 
     def rows(self) -> list[Sequence[Segment]]:
         """Segments of each row."""
-        alone = [with_only(self.segments, reading) for reading in self.readings]
-        return [*alone] or [self.segments]
+        if not self.readings:
+            return [as_text(self.segments, self.expanded) if self.expanded else self.segments]
+        rows: list[Sequence[Segment]] = []
+        for reading in self.readings:
+            row = with_only(self.segments, reading)
+            alone = len(reading) == 1 and reading[0] in self.expanded
+            rows.append([Text(s.text) for s in row] if alone else row)
+        return rows
 
 
 def _owner(rows: Sequence[Sequence[Plan]]) -> list[int]:

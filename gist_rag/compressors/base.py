@@ -361,11 +361,14 @@ class TrainedConfig(CompressorConfig):
         lora: the update; it is in force while passages are compressed, never while gists are read.
         adapt: whose rows it changes: those of the ``gists`` (tokens stay exactly the backbone's
             own) or ``all``.
+        start: what a gist's embedding is added to: nothing (``learned``), the embedding of the last
+            ``token`` of those that it stands for (``Layout.shares``), or their ``mean``.
     """
 
     ratio: float = Field(default=4.0, ge=1.0)
     lora: LoRAConfig = LoRAConfig()
     adapt: Literal["gists", "all"] = "gists"
+    start: Literal["learned", "token", "mean"] = "learned"
 
 
 class TrainedCompressor(Compressor):
@@ -381,7 +384,8 @@ class TrainedCompressor(Compressor):
         table = backbone.model.get_input_embeddings().weight.detach().float()
         mean, spread = table.mean(0), table.std(0)
         noise = torch.randn(self.num_embeddings, len(mean), device=table.device)
-        self.gists = nn.Parameter(mean + 0.1 * spread * noise)
+        alone = self.config.start == "learned"
+        self.gists = nn.Parameter((mean + 0.1 * spread * noise) * alone)
         self.lora = LoRA(backbone, self.config.lora)
 
     @property
@@ -391,6 +395,16 @@ class TrainedCompressor(Compressor):
 
     def embeddings(self) -> Tensor | None:
         return self.gists
+
+    def gist_inputs(self, tokens: Tensor, layout: Layout) -> Tensor:
+        learned, start = super().gist_inputs(tokens, layout), self.config.start
+        if start == "learned":
+            return learned
+        first, end = (place.to(tokens.device) for place in layout.shares)
+        if start == "token":
+            return learned + tokens[(end - 1).clamp_min(0)].to(learned.dtype)
+        sums = nn.functional.pad(tokens.to(learned.dtype).cumsum(0), (0, 0, 1, 0))
+        return learned + (sums[end] - sums[first]) / (end - first).clamp_min(1)[:, None]
 
     def passage_losses(self, lesson: Lesson) -> dict[str, Tensor]:
         """``lm`` (``language_loss``) for methods that weigh it."""

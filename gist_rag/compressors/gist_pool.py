@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from gist_rag.backbone import Backbone
@@ -18,7 +17,8 @@ from gist_rag.types import GistState
 
 
 class GistPoolConfig(TrainedConfig):
-    """Settings of ``gist_pool``. All three switches off is plain gisting, embedding trained only.
+    """Settings of ``gist_pool``. All three switches off and ``start`` learned is plain gisting,
+    embedding trained only.
 
     Attributes:
         shift: layer ``l`` reads what a gist has gathered *after* layer ``l``; without, before it.
@@ -31,6 +31,7 @@ class GistPoolConfig(TrainedConfig):
     shift: bool = True
     windowed: bool = True
     separate: bool = True
+    start: Literal["learned", "token", "mean"] = "mean"
 
 
 class GistPool(TrainedCompressor):
@@ -66,8 +67,6 @@ class GistPool(TrainedCompressor):
         super().__init__(backbone, config)
         if not self.config.separate:
             self.lora = LoRA(backbone, LoRAConfig(rank=0))
-        if self.config.windowed:
-            torch.nn.init.zeros_(self.gists)  # a gist starts as the mean of its window
 
     def layout(self, input_ids: Tensor) -> Layout:
         tokens = len(input_ids)
@@ -79,15 +78,6 @@ class GistPool(TrainedCompressor):
             gists_see_gists=False,
             raw_is_local=False,
         )
-
-    def gist_inputs(self, tokens: Tensor, layout: Layout) -> Tensor:
-        learned = super().gist_inputs(tokens, layout)
-        if not self.config.windowed:
-            return learned
-        sizes = layout.source[layout.is_gist.roll(-1)].diff(prepend=torch.tensor([-1]))
-        window = torch.arange(len(sizes)).repeat_interleave(sizes).to(tokens.device)
-        sums = torch.zeros_like(learned).index_add(0, window, tokens.to(learned.dtype))
-        return learned + sums / sizes[:, None].to(tokens.device)
 
     def adapted(self, rows: Tensor | None = None) -> AbstractContextManager[None]:
         return nullcontext() if rows is None else super().adapted(rows)

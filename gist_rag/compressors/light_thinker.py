@@ -140,18 +140,19 @@ class LightThinker(TrainedCompressor):
             position += 1
             room = position + self.num_embeddings < backbone.max_positions
             if room and backbone.tokenizer.decode(thought).endswith(THOUGHT_END):
-                logits = self._squeeze(cache, start, position)
+                logits = self._squeeze(cache, start, position, torch.tensor(thought))
                 position += self.num_embeddings
                 start, thought = cache.get_seq_length(), []
 
-    def _squeeze(self, cache: DynamicCache, start: int, position: int) -> Tensor:
+    def _squeeze(self, cache: DynamicCache, start: int, position: int, thought: Tensor) -> Tensor:
         """Run the cache tokens and ``[o]``, then drop the thought; logits of what comes next."""
+        layout = self._layout([len(thought)], [self.num_embeddings], 0)
+        gists = self.gist_inputs(self.backbone.embed(thought), layout)
         end, count = cache.get_seq_length(), self.num_embeddings
         mask = torch.ones(count, end + count, dtype=torch.bool).tril(end)
         mask[-1, start:end] = False
-        order = [*range(1, count), CONTINUE]
         positions = position + torch.arange(count)
-        logits = self._run(cache, positions, embeddings=self.gists[order], mask=mask)
+        logits = self._run(cache, positions, embeddings=gists, mask=mask)
         forget(cache, start, end)
         return logits
 

@@ -4,7 +4,7 @@ Arms are ``closed`` (no passages), ``full`` (text), ``truncated`` (text cut to t
 slots), ``reuse`` (uncompressed gists) and compressors, each ``name`` or ``name@ratio``. Behind it
 may stand what is done with the ``n`` passages that matter most (``gist_rag.focus``): ``:n`` reads
 them alone of all, ``~n`` reads each of them apart, ``^n`` does so and reads all together besides;
-and last, ``+n`` has them as text wherever they are read.
+and last, ``+n`` has them as text, of passages read apart where they stand alone.
 Each prediction says in what ``doubt`` it was made, so that a threshold can be found afterwards.
 
 Scores are the gold answer's NLL per token, the share of questions whose gold answer is likelier per
@@ -326,13 +326,12 @@ class _Arms:
             return [self._reading(example, states, everything, source, as_text)]
         readings, weights = arm.focus.readings(likelihoods)
         positions = APART if arm.focus.apart else None
-        return [
-            replace(
-                self._reading(example, states, places, source, as_text, positions),
-                log_weight=weight,
-            )
-            for places, weight in zip(readings, weights.tolist(), strict=True)
-        ]
+        out = []
+        for places, weight in zip(readings, weights.tolist(), strict=True):
+            expanded = as_text if len(places) == 1 or not arm.focus.apart else ()
+            row = self._reading(example, states, places, source, expanded, positions)
+            out.append(replace(row, log_weight=weight))
+        return out
 
     def _reading(
         self,
@@ -368,8 +367,8 @@ class _Arms:
     ) -> _Reading:
         """Some passages as gists, the others as text."""
         if not states:
-            slots = sum(len(self.backbone.tokenize(text)) for text in example.passages)
-            return self._plain(example.question, example.passages, slots, source)
+            tokens = sum(len(self.backbone.tokenize(text)) for text in example.passages)
+            return self._plain(example.question, example.passages, tokens, source)
         given = [None if place in states else t for place, t in enumerate(example.passages)]
         before, pieces = rag_pieces(example.question, given, self.backbone.render)
         if before not in self._prefixes:
