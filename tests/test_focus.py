@@ -255,6 +255,49 @@ def test_all_together_answer_with_those_apart(
     assert texts[1e-6] == texts[0.0]
 
 
+def test_doubt_has_the_best_of_those_apart_as_text(
+    make_engine: Engines, passages: list[Passage]
+) -> None:
+    """One alone is then that passage as text, and nothing else is read."""
+    focus = Focus(1, apart=True, together=0)
+    engine = make_engine(settings={"ratio": 4}, focus=focus, expand=Expand(ALWAYS))
+    engine.precompute(passages[:3])
+    segments, fetched = engine._fetch([engine.segments(prompt(passages[:3]))], ["auto"])
+    opening = engine._opener.open(segments, fetched.states, [Sampling()])
+    [likelihoods] = engine._opener._judge(segments, fetched.states)
+    plain = engine.backbone.tokenize(prompt([passages[int(likelihoods.argmax())]]))
+    with torch.no_grad():
+        logits = engine.backbone.model(plain[None]).logits[0, -1]
+    assert torch.allclose(opening.opened.logits[0, -1], logits, atol=1e-4)
+    stats = ask(engine, prompt(passages[:3])).stats
+    assert (stats.hits, stats.left_out, stats.expanded, stats.gist_slots) == (0, 2, 1, 0)
+
+
+def test_those_apart_are_judged_once(
+    make_engine: Engines, passages: list[Passage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then only those that matter are read again, the best one as text where it stands alone; the
+    reading of all has it as a gist, and it counts as text."""
+    engine = make_engine(settings={"ratio": 4}, focus=Focus(2, apart=True), expand=Expand(ALWAYS))
+    engine.precompute(passages[:4])
+    opened: list[tuple[list[int], list[int]]] = []
+
+    def spy(context: Context, texts: list[Local], *args: object, **kwargs: object) -> object:
+        opened.append(([int(t.seen[-1]) for t in texts], list(kwargs["counts"])))  # type: ignore[call-overload]
+        return open_(context, texts, *args, **kwargs)  # type: ignore[arg-type]
+
+    open_ = engine.backbone.open
+    monkeypatch.setattr(engine.backbone, "open", spy)
+    answer = ask(engine, prompt(passages[:4]))
+    [(first, judged), (then, again)] = opened
+    assert first == [1, 1, 1, 1, 4]
+    assert all(judged)
+    assert sorted(then) == [0, 1, 4]
+    assert not any(again)
+    assert (answer.stats.hits, answer.stats.expanded, answer.stats.left_out) == (3, 1, 0)
+    assert len(answer.passages) == 3
+
+
 def test_one_passage_apart_is_one_passage(make_engine: Engines, passages: list[Passage]) -> None:
     apart = make_engine(settings={"ratio": 4}, focus=Focus(1, apart=True, together=0))
     together = make_engine(settings={"ratio": 4}, focus=Focus(1))

@@ -3,7 +3,8 @@
     python benchmarks/quality/expand.py results/rag_p5.json --arm attention_matching@8
 
 Every second question chooses the doubt from which on a share of them is read again; the others say
-what that gives. So no question judges a threshold that it has helped to choose.
+what that gives. So no question judges a threshold that it has helped to choose. ``kept`` is the
+share of the text's benefit, over those others.
 """
 
 from __future__ import annotations
@@ -31,10 +32,16 @@ def threshold(doubts: Sequence[float], share: float) -> float:
     return ranked[count - 1] if count else float("inf")
 
 
-def curve(gists: Mapping[str, Row], text: Mapping[str, Row]) -> list[dict[str, float]]:
+def curve(
+    gists: Mapping[str, Row],
+    text: Mapping[str, Row],
+    closed: Mapping[str, Row],
+    full: Mapping[str, Row],
+) -> list[dict[str, float]]:
     """Per wanted share: the threshold, how many were expanded, and the mean scores."""
     ids = list(gists)
     chosen, judged = ids[::2], ids[1::2]
+    bounds = [sum(arm[i]["nll"] for i in judged) / len(judged) for arm in (closed, full)]
     rows = []
     for share in SHARES:
         doubt = threshold([gists[i]["doubt"] for i in chosen], share)
@@ -42,6 +49,7 @@ def curve(gists: Mapping[str, Row], text: Mapping[str, Row]) -> list[dict[str, f
         read = [(text if i in doubtful else gists)[i] for i in judged]
         means = {name: sum(row[name] for row in read) / len(read) for name in SCORES}
         rows.append({"wanted": share, "doubt": doubt, "expanded": len(doubtful) / len(judged)})
+        rows[-1]["kept"] = (bounds[0] - means["nll"]) / (bounds[0] - bounds[1])
         rows[-1] |= {**means, "slots": sum(row["kv_slots"] for row in read) / len(read)}
     return rows
 
@@ -49,7 +57,9 @@ def curve(gists: Mapping[str, Row], text: Mapping[str, Row]) -> list[dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--arm", required=True, help="for example attention_matching@8")
+    parser.add_argument(
+        "--arm", required=True, help="for example attention_matching@8 or attention_matching@8^3"
+    )
     parser.add_argument("--passages", type=int, default=1, help="the n of +n")
     args = parser.parse_args()
 
@@ -58,7 +68,7 @@ def main() -> None:
     text = by_question(predictions, f"{args.arm}+{args.passages}")
     if not gists or gists.keys() != text.keys():
         raise SystemExit(f"{args.file} has no pair of {args.arm} and {args.arm}+{args.passages}")
-    rows = curve(gists, text)
+    rows = curve(gists, text, *(by_question(predictions, arm) for arm in ("closed", "full")))
     print("".join(f"{name:>10}" for name in rows[0]))
     for row in rows:
         print("".join(f"{value:10.3f}" for value in row.values()))

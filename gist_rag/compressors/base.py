@@ -403,8 +403,13 @@ class TrainedCompressor(Compressor):
         first, end = (place.to(tokens.device) for place in layout.shares)
         if start == "token":
             return learned + tokens[(end - 1).clamp_min(0)].to(learned.dtype)
-        sums = nn.functional.pad(tokens.to(learned.dtype).cumsum(0), (0, 0, 1, 0))
-        return learned + (sums[end] - sums[first]) / (end - first).clamp_min(1)[:, None]
+        place = torch.arange(len(tokens), device=tokens.device)
+        owner = torch.searchsorted(end, place, right=True).clamp_max(len(end) - 1)
+        theirs = (place >= first[owner]) & (place < end[owner])
+        sums = torch.zeros_like(learned).index_add(
+            0, owner[theirs], tokens[theirs].to(learned.dtype)
+        )
+        return learned + sums / (end - first).clamp_min(1)[:, None]
 
     def passage_losses(self, lesson: Lesson) -> dict[str, Tensor]:
         """``lm`` (``language_loss``) for methods that weigh it."""

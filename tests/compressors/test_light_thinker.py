@@ -109,13 +109,15 @@ def speak(method: LightThinker, words: list[int], monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("adapt", ["gists", "all"])
+@pytest.mark.parametrize("start", ["learned", "token"])
 def test_thinking_equals_one_masked_pass(
     backbone: Backbone,
     taught: Callable[[Compressor], Compressor],
     monkeypatch: pytest.MonkeyPatch,
+    start: str,
     adapt: str,
 ) -> None:
-    settings = {"cache_tokens": 2, "adapt": adapt}
+    settings = {"cache_tokens": 2, "adapt": adapt, "start": start}
     method = taught(make_compressor("light_thinker", backbone, settings))
     assert isinstance(method, LightThinker)
     prompt = backbone.tokenize("How many pages are there?")

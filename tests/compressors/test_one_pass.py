@@ -45,8 +45,8 @@ def in_one(compressor: Compressor, before: Tensor, passage: Tensor, question: Te
     mask[first:last, first:last] = layout.mask()
     mask[last:, first:last] = layout.is_gist
     tokens = backbone.embed(passage)[layout.source.clamp_min(0)]
-    gists = compressor.gists[(-1 - layout.source).clamp_min(0)]
-    slots = torch.where(layout.is_gist[:, None], gists, tokens)
+    slots = tokens.float()
+    slots[layout.is_gist] = compressor.gist_inputs(backbone.embed(passage), layout)
     embedded = torch.cat((backbone.embed(before), slots, backbone.embed(question)))
     positions = torch.cat(
         (
@@ -69,15 +69,17 @@ def in_one(compressor: Compressor, before: Tensor, passage: Tensor, question: Te
 
 @torch.no_grad()
 @pytest.mark.parametrize("adapt", ["gists", "all"])
+@pytest.mark.parametrize("start", ["learned", "token"])
 @pytest.mark.parametrize("name", METHODS)
 def test_two_passes_equal_one(
     backbone: Backbone,
     ids: Tensor,
     taught: Callable[[Compressor], Compressor],
     name: str,
+    start: str,
     adapt: str,
 ) -> None:
-    settings = {"ratio": 4.0, "adapt": adapt, **METHODS[name]}
+    settings = {"ratio": 4.0, "adapt": adapt, "start": start, **METHODS[name]}
     compressor = taught(make_compressor(name, backbone, settings))
     given = (backbone.tokenize("Read this: "), ids, backbone.tokenize(" What is read first?"))
     ours, oracle = in_two(compressor, *given), in_one(compressor, *given)
