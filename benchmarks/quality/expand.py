@@ -57,9 +57,7 @@ def curve(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument(
-        "--arm", required=True, help="for example attention_matching@8 or attention_matching@8^3"
-    )
+    parser.add_argument("--arm", required=True, help="for example attention_matching@8^3")
     parser.add_argument("--passages", type=int, default=1, help="the n of +n")
     args = parser.parse_args()
 
