@@ -91,10 +91,7 @@ class Repeater:
 
     def __call__(self, states: Sequence[GistState], passages: Sequence[Tensor]) -> Repeat:
         """Repeat passages ``(T_i,)`` from their states, which are to be uncompressed."""
-        texts = [
-            Local.after(torch.cat((self.question, ids)), len(self.prefix) + state.span, 1)
-            for ids, state in zip(passages, states, strict=True)
-        ]
+        texts = self._texts(states, passages)
         context = self.context(states)
         hidden, positions = self.backbone.trace(context, texts)
         return Repeat(
@@ -104,6 +101,21 @@ class Repeater:
             queries=self.backbone.project_queries(hidden[:-1], positions),
             hidden=hidden,
         )
+
+    def read(self, states: Sequence[GistState], passages: Sequence[Tensor]) -> list[Tensor]:
+        """Logits ``(T_i, V)`` of passages ``(T_i,)``, repeated from their states, whatever these
+        are; differentiable."""
+        texts = self._texts(states, passages)
+        longest = max(map(len, passages)) + 1
+        logits = self.backbone.read(self.context(states), texts, num_logits=longest)
+        return [row[-1 - len(ids) : -1] for row, ids in zip(logits, passages, strict=True)]
+
+    def _texts(self, states: Sequence[GistState], passages: Sequence[Tensor]) -> list[Local]:
+        """Instruction and passage, behind each state."""
+        return [
+            Local.after(torch.cat((self.question, ids)), len(self.prefix) + state.span, 1)
+            for ids, state in zip(passages, states, strict=True)
+        ]
 
     def target(self, repeat: Repeat, row: int, num_queries: int) -> Target:
         """What heads get from one passage.

@@ -32,6 +32,8 @@ from gist_rag.types import GistState, Message
 MATCH = "match"
 """A loss term of ``GistStudent`` that no method has of its own, ``Repeater.error``; it is there if
 a run gives it a weight."""
+REPEAT = "repeat"
+"""Another one: how likely the model finds a passage that it repeats from its gists."""
 MATCH_QUERIES = 96
 """Queries of each KV head that it looks at."""
 KEPT_TARGETS = 512
@@ -131,6 +133,8 @@ class GistStudent(Student):
         terms = compressor.passage_losses(Lesson(passages, hidden, states))
         if MATCH in self.config.weights:
             terms[MATCH] = self._match(texts, passages, states)
+        if REPEAT in self.config.weights:
+            terms[REPEAT] = self._repeat(passages, states)
         if self.config.questions_per_context:
             answers = self._answers(examples, dict(zip(texts, states, strict=True)))
             terms |= compressor.answer_losses(answers)
@@ -184,6 +188,11 @@ class GistStudent(Student):
         for text in list(self._targets)[:-KEPT_TARGETS]:
             del self._targets[text]
         return torch.stack(errors).mean()
+
+    def _repeat(self, passages: Sequence[Tensor], states: Sequence[GistState]) -> Tensor:
+        """NLL of the passages' tokens, where the plain model repeats them from their gists."""
+        logits = self._repeater.read(states, passages)
+        return cross_entropy(torch.cat(logits), torch.cat([*passages]).to(logits[0].device)).mean()
 
     def groups(self) -> list[dict[str, object]]:
         embeddings = {id(self.compressor.embeddings())}
