@@ -33,7 +33,7 @@ MATCH = "match"
 """A loss term of ``GistStudent`` that no method has of its own, ``Repeater.error``; it is there if
 a run gives it a weight."""
 REPEAT = "repeat"
-"""Another one: how likely the model finds a passage that it repeats from its gists."""
+"""Another one: NLL of a passage that the plain model repeats from its gists."""
 MATCH_QUERIES = 96
 """Queries of each KV head that it looks at."""
 KEPT_TARGETS = 512
@@ -140,7 +140,8 @@ class GistStudent(Student):
             terms |= compressor.answer_losses(answers)
         if not terms:
             raise BadInput(
-                f"{compressor.name} has no loss: ask questions, or give {MATCH} a weight"
+                f"{compressor.name} has no loss: ask questions, or give {MATCH} or {REPEAT} "
+                "a weight"
             )
         return self._weighted(terms)
 
@@ -190,7 +191,7 @@ class GistStudent(Student):
         return torch.stack(errors).mean()
 
     def _repeat(self, passages: Sequence[Tensor], states: Sequence[GistState]) -> Tensor:
-        """NLL of the passages' tokens, where the plain model repeats them from their gists."""
+        """Mean NLL of the passages' tokens, repeated from gists."""
         logits = self._repeater.read(states, passages)
         return cross_entropy(torch.cat(logits), torch.cat([*passages]).to(logits[0].device)).mean()
 

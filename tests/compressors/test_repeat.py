@@ -33,6 +33,22 @@ def test_a_whole_passage_is_no_error(backbone: Backbone, error: Callable[..., Te
     assert float(error(make_compressor("full", backbone))) < 1e-8
 
 
+@torch.no_grad()
+def test_a_passage_is_repeated_from_its_gists(backbone: Backbone, ids: Tensor) -> None:
+    """From the whole passages as from their text, whatever their lengths."""
+    repeater, passages = Repeater(backbone), [ids, ids[:20]]
+    logits = repeater.read(make_compressor("full", backbone).compress(passages), passages)
+    for told, passage in zip(logits, passages, strict=True):
+        before, between = len(repeater.prefix), len(repeater.question)
+        head = backbone.tokenize(repeater._framing[0])
+        whole = torch.cat((head, passage, repeater.question, passage))
+        mask = torch.ones(len(whole), len(whole), dtype=torch.bool).tril()
+        mask[before : before + len(passage), :before] = False  # encoded alone
+        plain = backbone.model(whole[None], attention_mask=mask[None, None]).logits[0]
+        first = before + len(passage) + between - 1
+        assert torch.allclose(told, plain[first:-1], atol=1e-4)
+
+
 def test_what_is_fitted_is_closer_than_what_is_cut(
     backbone: Backbone, error: Callable[..., Tensor]
 ) -> None:

@@ -139,10 +139,19 @@ def test_passages_alone_teach_too(settings: dict[str, Any]) -> None:
     assert sum(matched[-5:]) < 0.9 * sum(matched[:5])
 
 
+@pytest.mark.parametrize("method", ["gisting", "incomes"])
+def test_a_passage_is_taught_by_repeating_it(settings: dict[str, Any], method: str) -> None:
+    """From any gists that can be read, those of a bank too."""
+    alone = {"questions_per_context": 0, "weights": {"repeat": 1.0}, "passages": (1, 1)}
+    reports = run(settings, method=method, **alone, steps=2)
+    assert all(report.losses.keys() == {"repeat"} for report in reports)
+    assert all(0 < report.losses["repeat"] < 20 for report in reports)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"questions_per_context": 0}, r"no loss: .*match"),
+        ({"questions_per_context": 0}, r"no loss: .*match or repeat"),
         ({"method": "incomes", "weights": {"match": 1.0}}, "a bank"),
     ],
     ids=["no questions", "a bank"],
