@@ -254,9 +254,6 @@ def evaluate(
     preset: Preset = None,
     refine_steps: RefineSteps = None,
     positions: Annotated[str | None, typer.Option(help="sequence or parallel.")] = None,
-    damping: Annotated[
-        float | None, typer.Option(help="Attention taken off each of several passages, from 0 on.")
-    ] = None,
     codec: Annotated[
         str | None, typer.Option(help="Read gists as they would be stored: bf16, int8 or int4.")
     ] = None,
@@ -286,7 +283,7 @@ def evaluate(
             "reader": reader,
             "codec": codec,
             "dtype": dtype,
-            **_given(positions=positions, damping=damping),
+            **_given(positions=positions),
         }
         try:
             config = EvaluateConfig.model_validate(options)

@@ -6,9 +6,8 @@ launch over all layers, heads and passages (``gist_rag_kernels.compose_packed``)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
@@ -25,19 +24,14 @@ Positions = Literal["parallel", "sequence"]
 ``parallel``: all start at the same position, so that their order does not matter and a prompt grows
 by the longest one only."""
 DEFAULT_POSITIONS: Positions = "sequence"
-DAMPING = 0.75
-"""How much log-mass passages that are read together lose for each unit of the logarithm of their
-number. Each was encoded alone, as if all attention were its own: at 1 all of them together get what
-one of them would get alone, at 0 as many times as much as there are passages."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A state, the position of its first token, and what is added to its slots' log-masses."""
+    """A state and the position of its first token."""
 
     state: GistState
     start: int
-    log_mass: float = 0.0
 
 
 def place(
@@ -52,10 +46,7 @@ def place(
 
 
 def arrange(
-    pieces: Sequence[Tensor | GistState],
-    start: int,
-    positions: Positions,
-    damping: float = DAMPING,
+    pieces: Sequence[Tensor | GistState], start: int, positions: Positions
 ) -> tuple[list[Placed], Local]:
     """Positions of the gists and texts that follow a prompt's prefix, in prompt order.
 
@@ -65,7 +56,6 @@ def arrange(
     Args:
         pieces: token ids ``(n,)`` of texts, and states; the last one is a text.
         start: first position after the prefix.
-        damping: see ``DAMPING``; a bank is read by a softmax of its own and is left as it is.
     """
     placed: list[Placed] = []
     texts: list[Local] = []
@@ -79,9 +69,7 @@ def arrange(
         side = []
         texts.append(Local.after(piece, start, len(placed)))
         start += len(piece)
-    lost = damping * math.log(max(1, len(placed)))
-    damped = [p if p.state.bank is not None else replace(p, log_mass=-lost) for p in placed]
-    return damped, Local.join(texts)
+    return placed, Local.join(texts)
 
 
 def compose(batch: Sequence[Sequence[Placed]], backbone: Backbone) -> Slots | None:
@@ -184,9 +172,7 @@ class _Joined:
         starts = [0 if bank is not None else p.start for p in placed]
         return cls(
             kv=_join(states, backbone.dtype),
-            bias=torch.cat(
-                [s.bias.float() + p.log_mass for s, p in zip(states, placed, strict=True)]
-            ),
+            bias=torch.cat([state.bias for state in states]).float(),
             # a bank has no order, so no places either
             offsets=offsets if bank is None else torch.zeros_like(offsets),
             starts=torch.tensor(starts, device=device),

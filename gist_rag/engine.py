@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local
 from gist_rag.batching import Batcher
-from gist_rag.compose import DAMPING, DEFAULT_POSITIONS, Positions, compose, place
+from gist_rag.compose import DEFAULT_POSITIONS, Positions, compose, place
 from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.compressors.full import Full
 from gist_rag.detokenize import TextStream
@@ -131,7 +131,6 @@ class GistEngine:
         codec: how gists are stored, ``"bf16"``, ``"int8"`` or ``"int4"``.
         namespace: tenant; gists of another namespace are never read.
         positions: where passages that stand side by side go, see ``compose.Positions``.
-        damping: how much less attention each of several passages gets, see ``compose.DAMPING``.
         reader: who answers, where that is not the plain backbone; gists do not depend on it.
         focus: how many of its passages a prompt reads; default: all.
         expand: when passages are read as text after all; default: never.
@@ -148,7 +147,6 @@ class GistEngine:
         codec: str = "bf16",
         namespace: str = "",
         positions: Positions = DEFAULT_POSITIONS,
-        damping: float = DAMPING,
         reader: Reader | None = None,
         focus: Focus | None = None,
         expand: Expand | None = None,
@@ -162,12 +160,11 @@ class GistEngine:
         self.codec = codec
         self.namespace = namespace
         self.positions: Positions = positions
-        self.damping = damping
         self._scratch = tempfile.TemporaryDirectory(prefix="gist-rag-") if store is None else None
         folder = self._scratch.name if self._scratch else store
         self.store = folder if isinstance(folder, GistStore) else GistStore.open(str(folder))
         self.space = self._space()
-        self._opener = Opener(backbone, positions, reader, focus, expand, damping)
+        self._opener = Opener(backbone, positions, reader, focus, expand)
         self._writing = threading.Lock()
         self._checked = False
         self._batcher = Batcher[Request, Answer](
@@ -189,7 +186,6 @@ class GistEngine:
         codec: str = "bf16",
         namespace: str = "",
         positions: Positions = DEFAULT_POSITIONS,
-        damping: float = DAMPING,
         reader: Path | str | None = None,
         focus: Focus | int | None = None,
         apart: int | None = None,
@@ -221,7 +217,6 @@ class GistEngine:
             codec=codec,
             namespace=namespace,
             positions=positions,
-            damping=damping,
             reader=answers,
             focus=make_focus(focus, apart),
             expand=Expand(expand) if isinstance(expand, int | float) else expand,

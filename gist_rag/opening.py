@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
-from gist_rag.compose import DAMPING, Placed, Positions, arrange, compose
-from gist_rag.errors import BadInput
+from gist_rag.compose import Placed, Positions, arrange, compose
 from gist_rag.focus import APART, Expand, Focus, log_likelihoods
 from gist_rag.layout import Slots
 from gist_rag.mixture import Mixture
@@ -91,7 +90,7 @@ class Opener:
     """Reads prompts. Safe to share by threads.
 
     Args:
-        positions, damping, reader, focus, expand: see ``engine.GistEngine``.
+        positions, reader, focus, expand: see ``engine.GistEngine``.
     """
 
     def __init__(
@@ -101,13 +100,9 @@ class Opener:
         reader: Reader | None = None,
         focus: Focus | None = None,
         expand: Expand | None = None,
-        damping: float = DAMPING,
     ) -> None:
-        if damping < 0:
-            raise BadInput(f"damping is {damping}; it must be 0 or more")
         self.backbone = backbone
         self.positions = positions
-        self.damping = damping
         self.reader = reader
         self.focus = focus
         self.expand = expand
@@ -154,7 +149,7 @@ class Opener:
             states[s.content] if isinstance(s, Known) else self.backbone.tokenize(s.text)
             for s in following
         ]
-        placed, text = arrange(pieces, len(prefix), positions or self.positions, self.damping)
+        placed, text = arrange(pieces, len(prefix), positions or self.positions)
         known = [s for s in following if isinstance(s, Known)]
         end = pieces[-1]
         assert isinstance(end, Tensor)  # a passage never ends a prompt

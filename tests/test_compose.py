@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local
-from gist_rag.compose import DAMPING, Placed, arrange, compose, place
+from gist_rag.compose import Placed, compose, place
 from gist_rag.compressors import make_compressor
 from gist_rag.errors import BadInput
 from gist_rag.store import pack, unpack
@@ -154,32 +153,6 @@ def test_log_mass_is_composed_in_float32(backbone: Backbone, passages: list[Pass
         slots = compose([[Placed(half, 0)]], backbone)
         assert slots is not None
         assert (slots.bias.dtype, slots.bias.requires_grad) == (torch.float32, learnt)
-
-
-@pytest.mark.parametrize("damping", [0.0, DAMPING, 1.0])
-def test_passages_read_together_are_damped(
-    any_backbone: Backbone, passages: list[Passage], damping: float
-) -> None:
-    """As plain attention with a penalty on everything that stands in a passage; one alone has
-    none, and the text's own tokens never have."""
-    question = any_backbone.tokenize("\n\nWhat is WAL?")
-    ids = [any_backbone.tokenize(p.text) for p in passages[:3]]
-    states = make_compressor("full", any_backbone).compress(ids)
-    for count in (1, 2, 3):
-        placed, text = arrange([*states[:count], question], 0, "sequence", damping)
-        context = Context([any_backbone.prefix(question[:0])], compose([placed], any_backbone))
-        whole = torch.cat((*ids[:count], question))
-        block = torch.cat(
-            [torch.full((len(i),), n) for n, i in enumerate((*ids[:count], question))]
-        )
-        asked = block == count
-        visible = (block[:, None] == block) | asked[:, None]
-        mask = torch.zeros(len(whole), len(whole)).masked_fill(~visible.tril(), -torch.inf)
-        mask[asked[:, None] & ~asked] -= damping * math.log(count)
-        with torch.no_grad():
-            ours = any_backbone.read(context, [text])[0]
-            plain = any_backbone.model(whole[None], attention_mask=mask[None, None]).logits[0]
-        assert (ours - plain[asked]).abs().max() < TOLERANCE
 
 
 def test_text_before_a_passage_does_not_see_it(backbone: Backbone, passages: list[Passage]) -> None:

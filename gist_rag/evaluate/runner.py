@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local, Prefix
-from gist_rag.compose import DAMPING, DEFAULT_POSITIONS, Placed, Positions, arrange, compose
+from gist_rag.compose import DEFAULT_POSITIONS, Placed, Positions, arrange, compose
 from gist_rag.compressors import COMPRESSORS, DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.errors import BadInput
 from gist_rag.evaluate import metrics
@@ -67,7 +67,6 @@ class EvaluateConfig(BaseModel):
     settings: dict[str, Any] = Field(default_factory=dict)
     arms: tuple[str, ...] = ()
     positions: Positions = DEFAULT_POSITIONS
-    damping: float = Field(default=DAMPING, ge=0)
 
     @property
     def all_arms(self) -> tuple[str, ...]:
@@ -376,9 +375,7 @@ class _Arms:
             self._prefixes[before] = self.backbone.prefix(self.backbone.tokenize(before))
         prefix, rest = self._prefixes[before], iter(states.values())
         following = [next(rest) if p is None else self.backbone.tokenize(p) for p in pieces]
-        placed, text = arrange(
-            following, len(prefix), positions or self.config.positions, self.config.damping
-        )
+        placed, text = arrange(following, len(prefix), positions or self.config.positions)
         slots = sum(s.mean_slots for s in states.values())
         slots += sum(len(self.backbone.tokenize(t)) for t in given if t is not None)
         return _Reading(prefix, placed, text, slots, source)

@@ -175,7 +175,6 @@ class GistModel(BaseLanguageModel[Any], ABC):
                 "store": str(self.engine.store.path),
                 "space": self.engine.space,
                 "positions": self.engine.positions,
-                "damping": self.engine.damping,
                 "reader": None if reader is None else reader.fingerprint,
                 "focus": str(self.engine.focus),
                 "expand": str(self.engine.expand),
