@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +33,16 @@ COLOURS = {
 
 
 MARKS = {
+    "as text": "^",
     "that matter": "s",
     "read apart": "--D",
     "apart and": "-D",
-    "read as text": "^",
     ", ": "--o",
 }
 HOW = {
     ":": "that matter",
     "~": "read apart",
     "^": "apart and all together",
-    "+": "read as text",
 }
 
 
@@ -56,18 +54,21 @@ def load(folder: str) -> list[dict[str, Any]]:
 def draw_quality(results: list[dict[str, Any]]) -> None:
     """Share of the text's benefit kept, against the ratio, for one and for several passages."""
     counts = sorted({r["meta"]["passages"] for r in results})
-    size = (4.6 * len(counts), 3.7)
+    size = (4.6 * len(counts), 4.0)
     figure, axes = plt.subplots(1, len(counts), figsize=size, sharey=True, layout="constrained")
     for axis, count in zip([axes] if len(counts) == 1 else axes, counts, strict=True):
         lines: dict[str, list[tuple[float, float, float, float]]] = {}
         for result in (r for r in results if r["meta"]["passages"] == count):
             for arm, scores in result["arms"].items():
-                name, ratio, how, many = astuple(Arm.parse(arm, result["meta"]["ratio"]))
+                read = Arm.parse(arm, result["meta"]["ratio"])
+                name, ratio = read.name, read.ratio
                 if name in COLOURS and ratio:
-                    preset = result["meta"]["settings"].get("preset", "")
-                    own = preset if name == result["meta"]["compressor"] else ""
-                    own = f"{many} {HOW[how]}" if how else own
-                    label = f"{name}, {own}" if own else name
+                    parts = [name]
+                    if name == result["meta"]["compressor"]:
+                        parts += filter(None, [result["meta"]["settings"].get("preset")])
+                    parts += [f"{read.many} {HOW[read.how]}"] if read.how else []
+                    parts += [f"{read.expanded} as text"] if read.expanded else []
+                    label = ", ".join(parts)
                     point = (ratio, scores["m_norm"])
                     bounds = (scores["m_norm_low"], scores["m_norm_high"])
                     points = lines.setdefault(label, [])
@@ -88,7 +89,7 @@ def draw_quality(results: list[dict[str, Any]]) -> None:
     drawn = {line.get_label(): line for axis in figure.axes for line in axis.lines[:-1]}
     first.set_ylabel("share of the text's benefit kept (NLL)")
     first.set_ylim(-0.1, 1.2)
-    figure.legend(drawn.values(), drawn.keys(), fontsize=7, loc="outside lower center", ncols=4)
+    figure.legend(drawn.values(), drawn.keys(), fontsize=7, loc="outside lower center", ncols=3)
     _save(figure, "quality.svg")
 
 
@@ -180,7 +181,7 @@ def fill_readme() -> None:
     both = read("quality/results/rag_p5_both.json")["arms"]
     many = {n: read(f"quality/results/rag_p{n}_both.json")["arms"] for n in (10, 20)}
     trained = read("quality/results/trained_p1.json")["arms"]
-    refined = read("quality/results/rag_p5_thorough.json")["arms"]
+    refined = read("quality/results/rag_p5_expand.json")["arms"]
     int4 = read("quality/results/rag_p1_int4.json")["arms"]
     plain_one = read("quality/results/nq_p1_balanced.json")["arms"]
     plain_five = read("quality/results/nq_p5_balanced.json")["arms"]
@@ -245,7 +246,10 @@ def fill_readme() -> None:
         f"passage (without the reader: `thorough` {_kept(moved)} at 8x, `best` {_kept(best_one)} at "
         f"16x), not several read together (`best` {_kept(best_five)} at 16x with five); with `apart=3` "
         f"and the reader `thorough` keeps {_kept(at(refined, '16^3'))} of five at 16x and answers "
-        f"{_found(at(refined, '16^3'))} right, as the text does ({refined['full']['n']} questions).",
+        f"{_found(at(refined, '16^3'))} right (text {_found(refined['full'])}); with the one that "
+        f"matters most as text (`expand=`) {_kept(at(refined, '16^3+1'))} and "
+        f"{_found(at(refined, '16^3+1'))}, at 32x {_kept(at(refined, '32^3+1'))} and "
+        f"{_found(at(refined, '32^3+1'))}.",
         f"- **KV gists are larger than text on disk**: {ttft[1]['bytes'] / 1e6:.2f} MB for a passage "
         f"of {ttft[1]['source_tokens']} tokens at 8x in bf16 with this model (its text: about "
         f"1 kB), half of that with `--codec int8`, a third with `int4`, which keeps "
@@ -306,7 +310,7 @@ if __name__ == "__main__":
         drawn = [
             r
             for r in quality_results
-            if re.fullmatch(r"(rag|trained)_p[15](_both)?.json", r["file"])
+            if re.fullmatch(r"(rag|trained)_p[15](_both|_expand)?.json", r["file"])
         ]
         draw_quality(sorted(drawn, key=lambda r: -r["arms"]["full"]["n"]))
     if ttft_results:
