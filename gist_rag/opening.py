@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -55,15 +55,16 @@ class Plan:
         return zip(self.known, self.placed, strict=True)
 
     @classmethod
-    def joined(cls, rows: Sequence[Self], expanded: Collection[str]) -> Self:
+    def joined(cls, rows: Sequence[Self], expanded: Sequence[Known]) -> Self:
         """Of a prompt, from its rows: one for each passage, and perhaps one that has them all.
 
         Args:
-            expanded: contents that are read as text.
+            expanded: passages that are read as text.
         """
         widest = sorted(rows, key=lambda row: -len(row.known))  # its order is the prompt's
-        known = {gist[0].content: gist for row in widest for gist in row.gists}
-        gists = [gist for content, gist in known.items() if content not in expanded]
+        every = {id(gist[0]): gist for row in widest for gist in row.gists}  # a text may come twice
+        as_text = {id(known) for known in expanded}
+        gists = [gist for one, gist in every.items() if one not in as_text]
         return cls(
             rows[0].prefix,
             [placed for _, placed in gists],
@@ -309,9 +310,9 @@ class _Chosen:
     expanded: Sequence[int] = ()
 
     @property
-    def as_text(self) -> list[str]:
-        """Contents that are read as text."""
-        known = [s.content for s in self.segments if isinstance(s, Known)]
+    def as_text(self) -> list[Known]:
+        """Passages that are read as text."""
+        known = [s for s in self.segments if isinstance(s, Known)]
         alone = [r[0] for r in self.readings if len(r) == 1] if self.readings else self.expanded
         return [known[place] for place in self.expanded if place in alone]
 

@@ -273,6 +273,18 @@ def test_doubt_has_the_best_of_those_apart_as_text(
     assert (stats.hits, stats.left_out, stats.expanded, stats.gist_slots) == (0, 2, 1, 0)
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+def test_a_passage_that_stands_twice_counts_twice(
+    make_engine: Engines, passages: list[Passage], apart: bool
+) -> None:
+    focus = Focus(3, apart=True) if apart else None
+    engine = make_engine(settings={"ratio": 4}, focus=focus)
+    engine.precompute(passages[:2])
+    answer = ask(engine, prompt([passages[0], passages[1], passages[0]]))
+    assert (answer.stats.hits, answer.stats.left_out) == (3, 0)
+    assert [p.content for p in answer.passages] == [passages[i].content for i in (0, 1, 0)]
+
+
 def test_those_apart_are_judged_once(
     make_engine: Engines, passages: list[Passage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
