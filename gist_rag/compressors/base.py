@@ -361,14 +361,15 @@ class TrainedConfig(CompressorConfig):
         lora: the update; it is in force while passages are compressed, never while gists are read.
         adapt: whose rows it changes: those of the ``gists`` (tokens stay exactly the backbone's
             own) or ``all``.
-        start: what a gist's embedding is added to: nothing (``learned``), the embedding of the last
-            ``token`` of those that it stands for (``Layout.shares``), or their ``mean``.
+        start: what a gist's embedding is added to: the embedding of the last ``token`` of those
+            that it stands for (``Layout.shares``), from which it learns fastest; their ``mean``; or
+            nothing (``learned``), as in the papers.
     """
 
     ratio: float = Field(default=4.0, ge=1.0)
     lora: LoRAConfig = LoRAConfig()
     adapt: Literal["gists", "all"] = "gists"
-    start: Literal["learned", "token", "mean"] = "learned"
+    start: Literal["token", "mean", "learned"] = "token"
 
 
 class TrainedCompressor(Compressor):

@@ -31,7 +31,7 @@ class GistPoolConfig(TrainedConfig):
     shift: bool = True
     windowed: bool = True
     separate: bool = True
-    start: Literal["learned", "token", "mean"] = "mean"
+    start: Literal["token", "mean", "learned"] = "mean"
 
 
 class GistPool(TrainedCompressor):

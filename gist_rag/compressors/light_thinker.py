@@ -32,6 +32,7 @@ class LightThinkerConfig(TrainedConfig):
         units: where units of a passage end, as far as the ratio lets them.
         longest: lines and paragraphs of more tokens are cut.
         sinks: first tokens of a passage that every unit sees, as thoughts see their prompt.
+        start: by default nothing, as ``[o]`` is to know no text.
     """
 
     adapt: Literal["gists", "all"] = "all"
@@ -39,6 +40,7 @@ class LightThinkerConfig(TrainedConfig):
     units: Literal["fixed", "line", "paragraph"] = "fixed"
     longest: int = Field(default=128, ge=1)
     sinks: int = Field(default=1, ge=0)
+    start: Literal["token", "mean", "learned"] = "learned"
 
 
 class LightThinker(TrainedCompressor):

@@ -21,7 +21,8 @@ from gist_rag.types import GistKey, GistState, Passage
 
 @pytest.fixture
 def method(backbone: Backbone, taught: Callable[[Compressor], Compressor]) -> Compressor:
-    return taught(make_compressor("gist_coco", backbone, {"ratio": 4.0, "kinds": 3}))
+    settings = {"ratio": 4.0, "kinds": 3, "start": "learned"}
+    return taught(make_compressor("gist_coco", backbone, settings))
 
 
 @torch.no_grad()

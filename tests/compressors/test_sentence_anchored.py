@@ -83,7 +83,9 @@ def test_gists_of_a_sentence_differ(method: Compressor, ids: Tensor) -> None:
     source = method.layout(ids).source
     first = source[source < 0][:3].tolist()
     assert first == [-1, -2, -3]
-    assert not torch.equal(method.gists[0], method.gists[1])
+    starts = method.gist_inputs(method.backbone.embed(ids), method.layout(ids))
+    assert not torch.equal(starts[0], starts[1])
+    assert len(method.gists) == 3
 
 
 def test_later_text_never_reaches_earlier_gists(

@@ -54,7 +54,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_training_lowers_the_loss(settings: dict[str, Any], method: str) -> None:
     reports = run(settings, method=method, steps=30, save_every=30, passages=(1, 1), lr=2e-2)
     total = [sum(r.losses.values()) for r in reports]
-    assert sum(total[-5:]) < 0.9 * sum(total[:5])
+    assert sum(total[-5:]) < 0.95 * sum(total[:5])
     assert [r.step for r in reports] == list(range(1, 31))
     log = (settings["out"] / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == list(range(1, 31))
