@@ -67,7 +67,7 @@ class Autoencoding(TrainedCompressor):
     are normalised per step. The decoder sees a gist as ``L`` slots (one a layer) with learned
     per-layer scales; the paper does not say which it is given. Positions, which the paper does not
     state either, are packed: a passage takes one per gist when it is read, which saves room in
-    short windows.
+    short windows. Gists start from tokens (``start``).
 
     When to choose it: where exact strings matter (names, numbers, codes).
 

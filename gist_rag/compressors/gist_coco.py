@@ -45,8 +45,9 @@ class GistCoco(TrainedCompressor):
 
     What differs from the paper: an encoder-decoder there, whose gists stand before the text and see
     the question as well; here a decoder, gists after the text, and no question, since gists are
-    kept for questions yet to come. ``ceil(T / ratio)`` gists instead of ten; a LoRA on the rows of
-    gists instead of a second encoder; keys and values instead of last hidden states.
+    kept for questions yet to come. ``ceil(T / ratio)`` gists instead of ten, starting from tokens
+    (``start``); a LoRA on the rows of gists instead of a second encoder; keys and values instead of
+    last hidden states.
 
     When to choose it: when the reader must not be touched, or when a model that takes only text is
     to profit too (``verbalise``). At 8x and more, methods with a gist per window lose less.

@@ -21,10 +21,10 @@ class Gisting(TrainedCompressor):
     The original (Gisting, arXiv:2304.08467, section 3) compresses instructions into one to ten
     gists by plain instruction tuning under that mask.
 
-    What differs from the paper: passages instead of instructions; ``ceil(T / ratio)`` gists, all
-    with the same embedding; the backbone is frozen, with a LoRA on the rows of gists; distillation
-    from the model that reads the text, which the paper does not have (weights ``kl`` 1, ``ce`` 0.2;
-    ``ce`` alone is the paper's own loss).
+    What differs from the paper: passages instead of instructions; ``ceil(T / ratio)`` gists, one
+    learned embedding for all, added to that of a token (``start``); the backbone is frozen, with a
+    LoRA on the rows of gists; distillation from the model that reads the text, which the paper does
+    not have (weights ``kl`` 1, ``ce`` 0.2; ``ce`` alone is the paper's own loss).
 
     When to choose it: as the honest baseline. Ends of long passages crowd out their beginnings, and
     methods that give every window a gist of its own learn faster (GistPool, arXiv:2504.08934).

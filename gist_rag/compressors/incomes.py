@@ -54,8 +54,8 @@ class InComeS(TrainedCompressor):
 
     What differs from the paper: passages, cut into windows, instead of single edits; only half of
     the layers hold gists, so at equal ratio there are twice as many; frozen backbone and a LoRA on
-    the rows of gists instead of full fine-tuning; z starts at 0 with a head start, the paper's at
-    random without.
+    the rows of gists instead of full fine-tuning; gists start from tokens (``start``); z starts at
+    0 with a head start, the paper's at random without.
 
     When to choose it: many short facts, order irrelevant, positions scarce: a bank takes none. A
     frozen reader has never seen a bank; this needs more training than the others.

@@ -52,8 +52,8 @@ class SentenceAnchored(TrainedCompressor):
     merged, or halved, until ``T / ratio`` gists are ``gists`` for each (the shortest unit takes
     what is left over), and sentences of more than ``longest`` tokens are cut. A line break ends a
     sentence too (a title has no full stop), the passage's first token is a sink, gists are no
-    targets of ``lm``, and the frozen backbone has a LoRA on all rows. Positions, which the paper
-    does not state, run on over tokens and gists.
+    targets of ``lm`` and start from tokens (``start``), and the frozen backbone has a LoRA on all
+    rows. Positions, which the paper does not state, run on over tokens and gists.
 
     When to choose it: prose, at ratios (4x to 16x) where a unit is about a sentence or two. Lists
     and tables without full stops fall apart at arbitrary places.

@@ -49,7 +49,8 @@ class UniGist(TrainedCompressor):
     What differs from the paper: a window of 32 tokens instead of 128 and 4 sinks instead of 128, as
     passages have a few hundred tokens and not 32,000; sinks are the passage's first tokens; neither
     sinks nor the last window are kept for the reader, only gists; units differ by at most one token
-    instead of padding the text; a LoRA on all rows of a frozen backbone instead of all weights.
+    instead of padding the text; the gist's embedding is added to that of its unit's last token
+    (``start``); a LoRA on all rows of a frozen backbone instead of all weights.
 
     When to choose it: first, of the methods that are trained: gists near everything they stand for
     learn fastest, and the language-modelling term gives every one of them something to learn at
