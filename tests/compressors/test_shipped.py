@@ -13,6 +13,7 @@ from gist_rag.compressors.registry import SHIPPED, shipped
 from gist_rag.compressors.repeat import Repeater
 from gist_rag.engine import GistEngine
 from gist_rag.errors import BadInput, UnknownCompressor
+from gist_rag.losses import cross_entropy
 from gist_rag.rag import GistRAG
 from gist_rag.sample import sample_passages
 
@@ -30,20 +31,20 @@ def test_there_are_some() -> None:
 
 @torch.no_grad()
 def test_it_is_far_better_than_controls(name: str, embedded_backbone: Backbone) -> None:
-    """On passages that it has not learnt from: how far each head is from the whole passage."""
+    """On passages that it has not learnt from: how well the model repeats them."""
     ids = [embedded_backbone.tokenize(p.text) for p in sample_passages()[:2]]
-    repeater, full = Repeater(embedded_backbone), make_compressor("full", embedded_backbone)
-    repeat = repeater(full.compress(ids), ids)
     trained = make_compressor(name, embedded_backbone)
     control = make_compressor("strided", embedded_backbone, {"ratio": trained.config.ratio})
     errors = {
-        method.name: sum(
-            float(repeater.error(repeater.target(repeat, row, 48), state))
-            for row, state in enumerate(method.compress(ids))
+        method.name: float(
+            cross_entropy(
+                torch.cat(Repeater(embedded_backbone).read(method.compress(ids), ids)),
+                torch.cat(ids),
+            ).mean()
         )
         for method in (trained, control)
     }
-    assert errors[trained.name] < 0.9 * errors[control.name]
+    assert errors[trained.name] < 0.8 * errors[control.name]
 
 
 def test_another_ratio_is_another_space(name: str, embedded_backbone: Backbone) -> None:
