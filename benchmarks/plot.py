@@ -269,7 +269,7 @@ def fill_readme() -> None:
         f"{_kept(at_trained(8))} at 8x; without training, `attention_matching` keeps "
         f"{_kept(at(one, 4))} and {_kept(at(one, 8))}. All train and "
         "serve; the others had a CPU's minutes too, and of them `incomes` alone got above the controls: "
-        f"{_kept(bank)} at 4x, {_found(bank)} right ({bank['n']} questions; "
+        f"{_kept(bank)} at 4x ({bank['n']} questions; "
         "[docs/methods.md](docs/methods.md)).",
     )
 
