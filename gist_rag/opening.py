@@ -52,6 +52,7 @@ class Plan:
 
     @property
     def gists(self) -> Iterator[tuple[Known, Placed]]:
+        """Each passage with its gist."""
         return zip(self.known, self.placed, strict=True)
 
     @classmethod

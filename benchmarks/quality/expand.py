@@ -15,6 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from gist_rag.evaluate import metrics
+
 SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
 SCORES = ("em", "contains", "f1", "nll")
 
@@ -41,7 +45,7 @@ def curve(
     """Per wanted share: the threshold, how many were expanded, and the mean scores."""
     ids = list(gists)
     chosen, judged = ids[::2], ids[1::2]
-    bounds = [sum(arm[i]["nll"] for i in judged) / len(judged) for arm in (closed, full)]
+    bounds = [np.array([arm[i]["nll"] for i in judged]) for arm in (closed, full)]
     rows = []
     for share in SHARES:
         doubt = threshold([gists[i]["doubt"] for i in chosen], share)
@@ -49,7 +53,7 @@ def curve(
         read = [(text if i in doubtful else gists)[i] for i in judged]
         means = {name: sum(row[name] for row in read) / len(read) for name in SCORES}
         rows.append({"wanted": share, "doubt": doubt, "expanded": len(doubtful) / len(judged)})
-        rows[-1]["kept"] = (bounds[0] - means["nll"]) / (bounds[0] - bounds[1])
+        rows[-1]["kept"] = metrics.kept(np.array([row["nll"] for row in read]), *bounds)
         rows[-1] |= {**means, "slots": sum(row["kv_slots"] for row in read) / len(read)}
     return rows
 

@@ -23,8 +23,7 @@ def main(run: Path, name: str) -> None:
     halved = {key: weight.to(torch.bfloat16) for key, weight in weights.items()}
     save_file(halved, target / "compressor.safetensors")
     settings = json.loads((run / "train.json").read_text())
-    settings |= {"method": Path(settings["method"]).name, "out": name}
-    settings["data"] = [Path(path).name for path in settings["data"]]
+    settings |= {"data": [Path(path).name for path in settings["data"]], "out": name}
     (target / "train.json").write_text(json.dumps(settings, indent=2) + "\n")
     for file in ("compressor.json", "log.jsonl"):
         shutil.copy(run / file, target / file)

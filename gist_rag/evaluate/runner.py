@@ -319,10 +319,8 @@ class _Arms:
     ) -> list[_Reading]:
         """All passages as gists, or what the arm chooses of them."""
         everything = list(range(len(states)))
-        if likelihoods is None:
-            return [self._reading(example, states, everything, source)]
-        as_text = Expand(0.0, arm.expanded).chosen(likelihoods)
-        if arm.focus is None:
+        as_text = [] if likelihoods is None else Expand(0.0, arm.expanded).chosen(likelihoods)
+        if likelihoods is None or arm.focus is None:
             return [self._reading(example, states, everything, source, as_text)]
         readings, weights = arm.focus.readings(likelihoods)
         positions = APART if arm.focus.apart else None
@@ -366,18 +364,17 @@ class _Arms:
         positions: Positions | None = None,
     ) -> _Reading:
         """Some passages as gists, the others as text."""
-        if not states:
-            tokens = sum(len(self.backbone.tokenize(text)) for text in example.passages)
-            return self._plain(example.question, example.passages, tokens, source)
         given = [None if place in states else t for place, t in enumerate(example.passages)]
+        slots = sum(s.mean_slots for s in states.values())
+        slots += sum(len(self.backbone.tokenize(t)) for t in given if t is not None)
+        if not states:
+            return self._plain(example.question, example.passages, slots, source)
         before, pieces = rag_pieces(example.question, given, self.backbone.render)
         if before not in self._prefixes:
             self._prefixes[before] = self.backbone.prefix(self.backbone.tokenize(before))
         prefix, rest = self._prefixes[before], iter(states.values())
         following = [next(rest) if p is None else self.backbone.tokenize(p) for p in pieces]
         placed, text = arrange(following, len(prefix), positions or self.config.positions)
-        slots = sum(s.mean_slots for s in states.values())
-        slots += sum(len(self.backbone.tokenize(t)) for t in given if t is not None)
         return _Reading(prefix, placed, text, slots, source)
 
 
