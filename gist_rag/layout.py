@@ -153,10 +153,19 @@ class Layout:
         first, size, count = starts[run], (runs - starts)[run], counts[run]
         return first + size * place // count, first + size * (place + 1) // count
 
+    def beside_tokens(self) -> Layout:
+        """The same, with each gist at the position of the last token that it stands for
+        (``shares``), and tokens at those that they have without gists."""
+        position = self.source.clone()
+        position[self.is_gist] = (self.shares[1] - 1).clamp_min(0)
+        return replace(self, position=position)
+
     @property
     def is_causal(self) -> bool:
-        """Every slot sees all earlier ones, so no mask is needed."""
-        return not bool(self.local_from.any() or self.gist_from.any())
+        """Every slot sees all earlier ones, and they stand in sequence, so no mask is needed.
+        (Without one, transformers takes positions that do not rise by 1 for texts of their own.)"""
+        in_sequence = torch.equal(self.position, torch.arange(len(self)))
+        return in_sequence and not bool(self.local_from.any() or self.gist_from.any())
 
     def mask(self) -> Tensor:
         """``(S, S)`` bool: row ``q`` may see column ``k``."""

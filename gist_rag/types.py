@@ -179,6 +179,17 @@ class GistState:
         index = torch.arange(len(self.rows) - 1, device=self.rows.device)
         return index.repeat_interleave(self.lengths.long())
 
+    def rank_of_slot(self) -> Tensor:
+        """``(M,)`` the place of each slot in its row."""
+        index = torch.arange(self.num_slots, device=self.rows.device)
+        return index - self.rows.long()[self.row_of_slot()]
+
+    def packed(self) -> GistState:
+        """The same with the slots of each row side by side, so that the passage takes as few
+        positions as there are slots."""
+        span = int(self.lengths.max()) if len(self.rows) > 1 else 0
+        return replace(self, offsets=self.rank_of_slot().to(torch.int32), span=span)
+
     def emptied(self) -> GistState:
         """The same without slots."""
         key_scales, value_scales = self.key_scales, self.value_scales
@@ -209,9 +220,8 @@ class GistState:
 
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values ``(L, H, Nmax, D)`` and bias ``(L, H, Nmax)``, ``-inf`` on padding."""
-        row, lengths = self.row_of_slot(), self.lengths.long()
+        row, rank, lengths = self.row_of_slot(), self.rank_of_slot(), self.lengths.long()
         width = int(lengths.max()) if len(lengths) else 0
-        rank = torch.arange(self.num_slots, device=row.device) - self.rows.long()[row]
         shape = (len(lengths), width)
         keys = self.keys.new_zeros(*shape, self.keys.shape[-1])
         values = torch.zeros_like(keys)

@@ -43,6 +43,34 @@ def test_gists_share_the_tokens_before_them(
     assert shares(layout) == expected
 
 
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        (Layout.interleave([3, 5], place="own"), [0, 1, 2, 2, 3, 4, 4]),
+        (Layout.interleave([4], gists=[(0, 1)], place="own"), [0, 1, 2, 3, 1, 3]),
+        (Layout.append(6, 2), [0, 1, 2, 3, 4, 5, 2, 5]),
+        (Layout.append(1, 2), [0, 0, 0]),
+        (Layout.tokens(3), [0, 1, 2]),
+    ],
+    ids=["windows", "unit of two", "appended", "few tokens", "none"],
+)
+def test_gists_stand_beside_their_tokens(layout: Layout, expected: list[int]) -> None:
+    beside = layout.beside_tokens()
+    assert beside.position.tolist() == expected
+    assert torch.equal(beside.mask(), layout.mask())  # who sees whom stays
+
+
+@torch.no_grad()
+def test_gists_that_see_everything_may_stand_anywhere(backbone: Backbone) -> None:
+    """Positions that do not rise by 1 are not taken for several texts, also in a batch of one."""
+    ids = torch.arange(10, 31)
+    method = make_compressor("gisting", backbone, {"ratio": 4})
+    other = ids.clone()
+    other[3] = 99
+    one, changed = (method.encode([i])[-1, 0, -1] for i in (ids, other))
+    assert not torch.allclose(one, changed, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["gisting", "sentence_anchored", "incomes"])
 def test_a_gist_starts_from_its_tokens(backbone: Backbone, name: str) -> None:
     """From the last one, or from their mean, until it has learnt something else."""

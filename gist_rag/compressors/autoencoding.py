@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -65,9 +64,9 @@ class Autoencoding(TrainedCompressor):
     gists is the question alone. Its importance weights compare the full context with the segment
     for running text; ours compare the passages with the bare question for the answer's tokens, and
     are normalised per step. The decoder sees a gist as ``L`` slots (one a layer) with learned
-    per-layer scales; the paper does not say which it is given. Positions, which the paper does not
-    state either, are packed: a passage takes one per gist when it is read, which saves room in
-    short windows. Gists start from tokens (``start``).
+    per-layer scales; the paper does not say which it is given. Gists start from tokens (``start``)
+    and stand at their positions (``positions``), which the paper does not state either, when they
+    are written; they are packed, one after the other, when they are read, which saves room.
 
     When to choose it: where exact strings matter (names, numbers, codes).
 
@@ -87,13 +86,12 @@ class Autoencoding(TrainedCompressor):
 
     def layout(self, input_ids: Tensor) -> Layout:
         ends = self._ends(input_ids).tolist()
-        return Layout.interleave(ends, place="own", raw_is_local=False, gists_are_local=False)
+        return self.placed(
+            Layout.interleave(ends, place="own", raw_is_local=False, gists_are_local=False)
+        )
 
     def extract(self, hidden: Tensor, layout: Layout) -> GistState:
-        state = super().extract(hidden, layout)
-        gists = int(layout.is_gist.sum())
-        packed = torch.arange(gists, dtype=torch.int32, device=state.offsets.device)
-        return replace(state, offsets=packed.repeat(len(state.rows) - 1), span=gists)
+        return super().extract(hidden, layout).packed()
 
     def answer_losses(self, answers: Answers) -> dict[str, Tensor]:
         assert answers.closed is not None

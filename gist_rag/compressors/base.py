@@ -364,12 +364,15 @@ class TrainedConfig(CompressorConfig):
         start: what a gist's embedding is added to: the embedding of the last ``token`` of those
             that it stands for (``Layout.shares``), from which it learns fastest; their ``mean``; or
             nothing (``learned``), as in the papers.
+        positions: where gists stand while a passage is encoded: at those of the ``tokens`` that
+            they stand for (``Layout.beside_tokens``), or where the ``paper`` has them.
     """
 
     ratio: float = Field(default=4.0, ge=1.0)
     lora: LoRAConfig = LoRAConfig()
     adapt: Literal["gists", "all"] = "gists"
     start: Literal["token", "mean", "learned"] = "token"
+    positions: Literal["tokens", "paper"] = "tokens"
 
 
 class TrainedCompressor(Compressor):
@@ -394,8 +397,19 @@ class TrainedCompressor(Compressor):
         """How many different gist embeddings there are; default: one for all gists."""
         return 1
 
+    @property
+    def max_tokens(self) -> int:
+        longest = super().max_tokens
+        if self.config.positions == "tokens":
+            return longest
+        return int(longest * self.config.ratio / (self.config.ratio + 1))  # gists take some, too
+
     def embeddings(self) -> Tensor | None:
         return self.gists
+
+    def placed(self, layout: Layout) -> Layout:
+        """The layout of a paper, with gists where ``positions`` has them."""
+        return layout.beside_tokens() if self.config.positions == "tokens" else layout
 
     def gist_inputs(self, tokens: Tensor, layout: Layout) -> Tensor:
         learned, start = super().gist_inputs(tokens, layout), self.config.start

@@ -46,8 +46,8 @@ class GistCoco(TrainedCompressor):
     What differs from the paper: an encoder-decoder there, whose gists stand before the text and see
     the question as well; here a decoder, gists after the text, and no question, since gists are
     kept for questions yet to come. ``ceil(T / ratio)`` gists instead of ten, starting from tokens
-    (``start``); a LoRA on the rows of gists instead of a second encoder; keys and values instead of
-    last hidden states.
+    (``start``) and written at their positions (``positions``); a LoRA on the rows of gists instead
+    of a second encoder; keys and values instead of last hidden states.
 
     When to choose it: when the reader must not be touched, or when a model that takes only text is
     to profit too (``verbalise``). At 8x and more, methods with a gist per window lose less.
@@ -63,19 +63,12 @@ class GistCoco(TrainedCompressor):
     def num_embeddings(self) -> int:
         return self.config.kinds
 
-    @property
-    def max_tokens(self) -> int:  # gists have positions of their own behind the passage
-        return int(super().max_tokens * self.config.ratio / (self.config.ratio + 1))
-
     def layout(self, input_ids: Tensor) -> Layout:
         gists = math.ceil(len(input_ids) / self.config.ratio)
-        return Layout.append(len(input_ids), gists, self.config.kinds)
+        return self.placed(Layout.append(len(input_ids), gists, self.config.kinds))
 
     def extract(self, hidden: Tensor, layout: Layout) -> GistState:
-        state = super().extract(hidden, layout)
-        return replace(
-            state, offsets=state.offsets - layout.num_tokens, span=layout.span - layout.num_tokens
-        )
+        return super().extract(hidden, layout).packed()
 
     def finish(self, states: list[GistState], passages: Sequence[Tensor]) -> list[GistState]:
         if not self.config.verbalise or any(s.keys.requires_grad for s in states):

@@ -71,7 +71,7 @@ class GistPool(TrainedCompressor):
     def layout(self, input_ids: Tensor) -> Layout:
         tokens = len(input_ids)
         if not self.config.windowed:
-            return Layout.append(tokens, math.ceil(tokens / self.config.ratio))
+            return self.placed(Layout.append(tokens, math.ceil(tokens / self.config.ratio)))
         return Layout.interleave(
             window_ends(tokens, self.config.ratio).tolist(),
             raw_sees_gists=False,

@@ -22,9 +22,10 @@ class Gisting(TrainedCompressor):
     gists by plain instruction tuning under that mask.
 
     What differs from the paper: passages instead of instructions; ``ceil(T / ratio)`` gists, one
-    learned embedding for all, added to that of a token (``start``); the backbone is frozen, with a
-    LoRA on the rows of gists; distillation from the model that reads the text, which the paper does
-    not have (weights ``kl`` 1, ``ce`` 0.2; ``ce`` alone is the paper's own loss).
+    learned embedding for all, added to that of a token (``start``), at whose position it stands
+    (``positions``; the paper's follow the text); the backbone is frozen, with a LoRA on the rows of
+    gists; distillation from the model that reads the text, which the paper does not have (weights
+    ``kl`` 1, ``ce`` 0.2; ``ce`` alone is the paper's own loss).
 
     When to choose it: as the honest baseline. Ends of long passages crowd out their beginnings, and
     methods that give every window a gist of its own learn faster (GistPool, arXiv:2504.08934).
@@ -35,4 +36,4 @@ class Gisting(TrainedCompressor):
 
     def layout(self, input_ids: Tensor) -> Layout:
         gists = math.ceil(len(input_ids) / self.config.ratio)
-        return Layout.append(len(input_ids), gists)
+        return self.placed(Layout.append(len(input_ids), gists))

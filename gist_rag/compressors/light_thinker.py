@@ -65,7 +65,8 @@ class LightThinker(TrainedCompressor):
     What differs from the paper: it has no passages; units of one take the place of thoughts, as
     many as make ``T / ratio`` kept slots, ``[o]`` included. A LoRA on all rows of a frozen backbone
     instead of all weights. A thought ends at a blank line, which the model writes anyway, instead
-    of at a splitter of its own. Positions are as there: forgetting leaves a gap.
+    of at a splitter of its own. Positions of thoughts are as there, so forgetting leaves a gap; the
+    gists of a passage stand beside its tokens (``positions``).
 
     When to choose it: for long reasoning (``decode``), whose KV cache then grows by ``cache_tokens
     + 1`` per thought; for passages as ``sentence_anchored`` with units of any kind.
@@ -91,7 +92,7 @@ class LightThinker(TrainedCompressor):
             breaks = self.backbone.breaks(input_ids, BREAKS[config.units])
             longest = config.longest
         ends = unit_ends(breaks, size, math.ceil(slots / each), longest)
-        return self._layout(ends, unit_slots(ends, slots, each), config.sinks)
+        return self.placed(self._layout(ends, unit_slots(ends, slots, each), config.sinks))
 
     def trace_layout(self, num_given: int, thought_ends: Sequence[int]) -> Layout:
         """The last thought stays text: nothing follows that would need its cache tokens."""

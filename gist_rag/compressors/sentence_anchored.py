@@ -52,8 +52,9 @@ class SentenceAnchored(TrainedCompressor):
     merged, or halved, until ``T / ratio`` gists are ``gists`` for each (the shortest unit takes
     what is left over), and sentences of more than ``longest`` tokens are cut. A line break ends a
     sentence too (a title has no full stop), the passage's first token is a sink, gists are no
-    targets of ``lm`` and start from tokens (``start``), and the frozen backbone has a LoRA on all
-    rows. Positions, which the paper does not state, run on over tokens and gists.
+    targets of ``lm`` and start from tokens (``start``), at whose positions they stand
+    (``positions``; the paper does not state its own, and ``paper`` runs on over tokens and gists).
+    The frozen backbone has a LoRA on all rows.
 
     When to choose it: prose, at ratios (4x to 16x) where a unit is about a sentence or two. Lists
     and tables without full stops fall apart at arbitrary places.
@@ -77,9 +78,6 @@ class SentenceAnchored(TrainedCompressor):
         sentences = self.backbone.breaks(input_ids, SENTENCE_END)
         units = math.ceil(slots / config.gists)
         ends = unit_ends(sentences, size, units, config.longest)
-        return Layout.interleave(
-            ends,
-            gists=[range(n) for n in unit_slots(ends, slots, config.gists)],
-            place="own",
-            prefix=config.sinks,
-        )
+        gists = [range(n) for n in unit_slots(ends, slots, config.gists)]
+        layout = Layout.interleave(ends, gists=gists, place="own", prefix=config.sinks)
+        return self.placed(layout)

@@ -40,8 +40,9 @@ class UniGist(TrainedCompressor):
         c     x   x x x x x x
         g     x   x x x x x x x
 
-        position: a gist has that of the next token, so tokens keep their distances:
-              0 1 2 2 3 4 4 5 6
+        position: a gist shares that of a token, so tokens keep their distances:
+              0 1 2 2 3 4 4 5 6       the paper's gists have that of the next token,
+              0 1 1 2 3 3 4 5 5       ours by default that of their last one (``positions``)
 
     Loss: ``kl + 0.2 ce`` of the answer and ``0.2 lm`` over the passage's tokens; the paper has
     ``lm`` alone, and gists are no targets in both.
@@ -67,9 +68,10 @@ class UniGist(TrainedCompressor):
 
     def layout(self, input_ids: Tensor) -> Layout:
         config, size = self.config, len(input_ids)
-        return Layout.interleave(
+        layout = Layout.interleave(
             window_ends(size, config.ratio).tolist(),
             place="next",
             reach=round(config.window / config.ratio),
             prefix=config.sinks,
         )
+        return self.placed(layout)

@@ -28,7 +28,7 @@ def test_mask(method: Autoencoding, ids: Tensor, drawn: Callable[[Layout], str])
     layout = method.layout(ids[:8])
     assert drawn(layout) == "\n".join("x" * n for n in range(1, 11))
     assert layout.source.tolist() == [0, 1, 2, 3, -1, 4, 5, 6, 7, -1]
-    assert layout.is_causal
+    assert layout.position.tolist() == [0, 1, 2, 3, 3, 4, 5, 6, 7, 7]
 
 
 def test_later_tokens_reach_no_earlier_gist(

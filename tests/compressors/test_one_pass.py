@@ -69,7 +69,9 @@ def in_one(compressor: Compressor, before: Tensor, passage: Tensor, question: Te
 
 @torch.no_grad()
 @pytest.mark.parametrize("adapt", ["gists", "all"])
-@pytest.mark.parametrize("start", ["learned", "token"])
+@pytest.mark.parametrize(
+    ("start", "positions"), [("learned", "paper"), ("token", "tokens")], ids=["paper", "tokens"]
+)
 @pytest.mark.parametrize("name", METHODS)
 def test_two_passes_equal_one(
     backbone: Backbone,
@@ -77,10 +79,11 @@ def test_two_passes_equal_one(
     taught: Callable[[Compressor], Compressor],
     name: str,
     start: str,
+    positions: str,
     adapt: str,
 ) -> None:
-    settings = {"ratio": 4.0, "adapt": adapt, "start": start, **METHODS[name]}
-    compressor = taught(make_compressor(name, backbone, settings))
+    own = {"adapt": adapt, "start": start, "positions": positions, **METHODS[name]}
+    compressor = taught(make_compressor(name, backbone, {"ratio": 4.0, **own}))
     given = (backbone.tokenize("Read this: "), ids, backbone.tokenize(" What is read first?"))
     ours, oracle = in_two(compressor, *given), in_one(compressor, *given)
     assert torch.allclose(ours, oracle, atol=1e-3)

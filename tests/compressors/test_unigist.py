@@ -28,8 +28,8 @@ def test_mask(drawn: Callable[[Layout], str]) -> None:
     assert layout.position.tolist() == [0, 1, 2, 2, 3, 4, 4, 5, 6]
 
 
-def test_a_gist_shares_the_position_of_the_next_token(method: Compressor, ids: Tensor) -> None:
-    layout = method.layout(ids)
+def test_a_gist_may_share_the_position_of_the_next_token(backbone: Backbone, ids: Tensor) -> None:
+    layout = make_compressor("unigist", backbone, {"ratio": 4, "positions": "paper"}).layout(ids)
     gists = layout.is_gist.nonzero()[:-1, 0]
     assert torch.equal(layout.position[gists], layout.position[gists + 1])
     raw = layout.position[~layout.is_gist]
