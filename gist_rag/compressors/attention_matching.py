@@ -16,7 +16,7 @@ from gist_rag.compressors.base import Compressor, CompressorConfig, best_slots
 from gist_rag.compressors.repeat import Repeat, Repeater, Target
 from gist_rag.losses import distill
 from gist_rag.types import GistState
-from gist_rag_kernels import fit_slots, kept_groups, rotate, score_keys
+from gist_rag_kernels import fit_slots, kept_groups, rotate
 
 REFINE_STEPS = {"fast": 0, "balanced": 0, "thorough": 30, "best": 10}
 REFINE_LR = {"heads": 0.06, "model": 0.01}
@@ -121,7 +121,7 @@ class AttentionMatching(Compressor):
         """Select and fit the slots of one passage."""
         scaling = self.backbone.scaling
         queries, (keys, values) = repeat.asked(row), repeat.kv(row)
-        scores, share = score_keys(queries, repeat.prefix_kv[0], keys, scaling, self.config.score)
+        scores, share = self._repeater.scores(repeat, row, self.config.score)
         pools = {"global": 1, "layer": self.backbone.num_layers, "head": len(scores)}
         keep = best_slots(scores, self.config.ratio, pools[self.config.budget])
         plain = full.keys.float().view_as(keys)  # before RoPE

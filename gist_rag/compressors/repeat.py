@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from gist_rag.compose import Placed, compose
 from gist_rag.errors import BadInput
 from gist_rag.prompt import framing
 from gist_rag.types import GistState
-from gist_rag_kernels import rotate
+from gist_rag_kernels import rotate, score_keys
 
 REPEAT = "\n\nRepeat the text above."
 
@@ -116,6 +117,14 @@ class Repeater:
             Local.after(torch.cat((self.question, ids)), len(self.prefix) + state.span, 1)
             for ids, state in zip(passages, states, strict=True)
         ]
+
+    def scores(
+        self, repeat: Repeat, row: int, how: Literal["rms", "max"] = "rms"
+    ) -> tuple[Tensor, Tensor]:
+        """How much each key of one passage is attended to, ``(L * H, T)``, and how much of each
+        query's attention the passage gets, ``(L * H, G * Q_b)``; see ``score_keys``."""
+        queries, before, keys = repeat.asked(row), repeat.prefix_kv[0], repeat.kv(row)[0]
+        return score_keys(queries, before, keys, self.backbone.scaling, how)
 
     def target(self, repeat: Repeat, row: int, num_queries: int) -> Target:
         """What heads get from one passage.

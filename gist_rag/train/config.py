@@ -42,12 +42,12 @@ class TrainConfig(BaseModel):
         batch_size: questions per step.
         questions_per_context: most of them that are asked of the same passages, which are read or
             compressed once for all of these. The files must hold such questions. 0: none is
-            asked, gists learn from their passages alone (by the weight of ``match`` or ``repeat``,
-            and what else the method has), which costs less.
+            asked, gists learn from their passages alone (by the weight of ``match``, ``score``
+            or ``repeat``, and what else the method has), which costs less.
         lr: peak learning rate; gist embeddings learn ``embedding_lr_factor`` times as fast.
         warmup: share of the steps; then a cosine down to a tenth.
-        weights: of loss terms, where a run differs from the method's own; ``match`` and
-            ``repeat`` are there for all of them (``train.students``).
+        weights: of loss terms, where a run differs from the method's own; ``match``,
+            ``score`` and ``repeat`` come on top (``train.students``).
         lora: of a ``reader`` that starts from nothing; compressors have theirs in ``settings``.
         settings: of the compressor.
     """

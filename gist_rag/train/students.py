@@ -7,10 +7,11 @@ ReaderStudent   read text or finished gists; there is no teacher but the answer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from gist_rag.compose import arrange, compose
 from gist_rag.compressors import Compressor, make_compressor
 from gist_rag.compressors.base import Answers, Lesson
 from gist_rag.compressors.full import Full
-from gist_rag.compressors.repeat import Repeater, Target
+from gist_rag.compressors.repeat import Repeat, Repeater, Target
 from gist_rag.errors import BadInput
 from gist_rag.losses import cross_entropy
 from gist_rag.reader import Reader
@@ -29,15 +30,22 @@ from gist_rag.train.data import Example
 from gist_rag.train.traces import THOUGHT_END
 from gist_rag.types import GistState, Message
 
+T = TypeVar("T")
+
 MATCH = "match"
 """A loss term of ``GistStudent`` that no method has of its own, ``Repeater.error``; it is there if
 a run gives it a weight."""
 REPEAT = "repeat"
 """Another one: NLL of a passage that the plain model repeats from its gists."""
+SCORE = "score"
+"""And one for methods that keep tokens: how far the log-mass that they foretell for each of them is
+from the log of the attention that it gets while the passage is repeated, squared."""
 MATCH_QUERIES = 96
-"""Queries of each KV head that it looks at."""
-KEPT_TARGETS = 512
-"""Passages whose targets are kept for the next time that they come: some 2 MB for each."""
+"""Queries of each KV head that ``match`` looks at."""
+KEPT_TARGETS, KEPT_SCORES = 512, 8192
+"""Passages whose targets are kept for the next time that they come: some 2 MB for each to
+``match``, 50 KB to ``score``."""
+LEAST_SCORE = 1e-9
 
 
 class Student(nn.Module):
@@ -122,6 +130,7 @@ class GistStudent(Student):
         self.weights = {**self.compressor.loss_weights, **config.weights}
         self._full, self._repeater = Full(backbone), Repeater(backbone)
         self._targets: dict[str, Target] = {}
+        self._scores: dict[str, Tensor] = {}
 
     def forward(self, examples: Sequence[Example], ratio: float) -> dict[str, Tensor]:
         compressor = self.compressor
@@ -133,6 +142,8 @@ class GistStudent(Student):
         terms = compressor.passage_losses(Lesson(passages, hidden, states))
         if MATCH in self.config.weights:
             terms[MATCH] = self._match(texts, passages, states)
+        if SCORE in self.config.weights:
+            terms[SCORE] = self._score(texts, passages, states)
         if REPEAT in self.config.weights:
             terms[REPEAT] = self._repeat(passages, states)
         if self.config.questions_per_context:
@@ -140,8 +151,8 @@ class GistStudent(Student):
             terms |= compressor.answer_losses(answers)
         if not terms:
             raise BadInput(
-                f"{compressor.name} has no loss: ask questions, or give {MATCH} or {REPEAT} "
-                "a weight"
+                f"{compressor.name} has no loss: ask questions, or give {MATCH}, {SCORE} or "
+                f"{REPEAT} a weight"
             )
         return self._weighted(terms)
 
@@ -175,20 +186,49 @@ class GistStudent(Student):
         self, texts: Sequence[str], passages: Sequence[Tensor], states: Sequence[GistState]
     ) -> Tensor:
         """How far the gists are from the whole passages for each head that repeats these."""
-        new = [i for i, text in enumerate(texts) if text not in self._targets]
+
+        def target(repeat: Repeat, row: int) -> Target:
+            return self._repeater.target(repeat, row, MATCH_QUERIES)
+
+        targets = self._known(self._targets, KEPT_TARGETS, target, texts, passages)
+        errors = [self._repeater.error(t, s) for t, s in zip(targets, states, strict=True)]
+        return torch.stack(errors).mean()
+
+    def _score(
+        self, texts: Sequence[str], passages: Sequence[Tensor], states: Sequence[GistState]
+    ) -> Tensor:
+        """Mean squared error of the tokens' log-masses against the logs of their scores."""
+
+        def scores(repeat: Repeat, row: int) -> Tensor:
+            return self._repeater.scores(repeat, row)[0].clamp_min(LEAST_SCORE).log()
+
+        wanted = self._known(self._scores, KEPT_SCORES, scores, texts, passages)
+        errors = []
+        for log_scores, state in zip(wanted, states, strict=True):
+            if state.num_slots != log_scores.numel():
+                raise BadInput(f"{self.compressor.name} keeps no tokens that could be scored")
+            errors.append((state.bias - log_scores.flatten()).square().mean())
+        return torch.stack(errors).mean()
+
+    def _known(
+        self,
+        known: dict[str, T],
+        limit: int,
+        find: Callable[[Repeat, int], T],
+        texts: Sequence[str],
+        passages: Sequence[Tensor],
+    ) -> list[T]:
+        """Something about each passage that its repetition shows, found once; the oldest go."""
+        new = [i for i, text in enumerate(texts) if text not in known]
         if new:
             ids = [passages[i] for i in new]
             with torch.no_grad():
                 repeat = self._repeater(self._full.compress(ids), ids)
-                for row, i in enumerate(new):
-                    self._targets[texts[i]] = self._repeater.target(repeat, row, MATCH_QUERIES)
-        errors = [
-            self._repeater.error(self._targets[text], state)
-            for text, state in zip(texts, states, strict=True)
-        ]
-        for text in list(self._targets)[:-KEPT_TARGETS]:
-            del self._targets[text]
-        return torch.stack(errors).mean()
+                known |= {texts[i]: find(repeat, row) for row, i in enumerate(new)}
+        found = [known[text] for text in texts]
+        for text in list(known)[:-limit]:
+            del known[text]
+        return found
 
     def _repeat(self, passages: Sequence[Tensor], states: Sequence[GistState]) -> Tensor:
         """Mean NLL of the passages' tokens, repeated from gists."""

@@ -148,13 +148,23 @@ def test_a_passage_is_taught_by_repeating_it(settings: dict[str, Any], method: s
     assert all(0 < report.losses["repeat"] < 20 for report in reports)
 
 
+@pytest.mark.slow
+def test_gates_learn_to_foretell_what_a_repetition_looks_at(settings: dict[str, Any]) -> None:
+    alone = {"questions_per_context": 0, "weights": {"score": 1.0, "cap": 0.0}, "passages": (1, 1)}
+    gates = {"method": "trim_kv", "settings": {"budget": "global", "start": 4.0}}
+    reports = run(settings | alone | gates, steps=30, save_every=30, lr=1e-2)
+    scored = [report.losses["score"] for report in reports]
+    assert sum(scored[-5:]) < 0.5 * sum(scored[:5])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"questions_per_context": 0}, r"no loss: .*match or repeat"),
+        ({"questions_per_context": 0}, r"no loss: .*match, score or repeat"),
         ({"method": "incomes", "weights": {"match": 1.0}}, "a bank"),
+        ({"method": "gisting", "weights": {"score": 1.0}}, "keeps no tokens that could be scored"),
     ],
-    ids=["no questions", "a bank"],
+    ids=["no questions", "a bank", "no tokens"],
 )
 def test_where_nothing_is_taught_is_said(
     settings: dict[str, Any], changes: dict[str, Any], message: str
