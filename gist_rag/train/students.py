@@ -139,11 +139,12 @@ class GistStudent(Student):
         passages = [self.backbone.tokenize(text) for text in texts]
         hidden = compressor.encode(passages)
         states = compressor.distil(hidden, passages)
-        terms = compressor.passage_losses(Lesson(passages, hidden, states))
+        lesson = Lesson(passages, hidden, states)
+        terms = compressor.passage_losses(lesson)
         if MATCH in self.config.weights:
-            terms[MATCH] = self._match(texts, passages, states)
+            terms[MATCH] = self._match(texts, lesson)
         if SCORE in self.config.weights:
-            terms[SCORE] = self._score(texts, passages, states)
+            terms[SCORE] = self._score(texts, lesson)
         if REPEAT in self.config.weights:
             terms[REPEAT] = self._repeat(passages, states)
         if self.config.questions_per_context:
@@ -182,29 +183,25 @@ class GistStudent(Student):
             closed=closed,
         )
 
-    def _match(
-        self, texts: Sequence[str], passages: Sequence[Tensor], states: Sequence[GistState]
-    ) -> Tensor:
+    def _match(self, texts: Sequence[str], lesson: Lesson) -> Tensor:
         """How far the gists are from the whole passages for each head that repeats these."""
 
         def target(repeat: Repeat, row: int) -> Target:
             return self._repeater.target(repeat, row, MATCH_QUERIES)
 
-        targets = self._known(self._targets, KEPT_TARGETS, target, texts, passages)
-        errors = [self._repeater.error(t, s) for t, s in zip(targets, states, strict=True)]
+        targets = self._known(self._targets, KEPT_TARGETS, target, texts, lesson)
+        errors = [self._repeater.error(t, s) for t, s in zip(targets, lesson.states, strict=True)]
         return torch.stack(errors).mean()
 
-    def _score(
-        self, texts: Sequence[str], passages: Sequence[Tensor], states: Sequence[GistState]
-    ) -> Tensor:
+    def _score(self, texts: Sequence[str], lesson: Lesson) -> Tensor:
         """Mean squared error of the tokens' log-masses against the logs of their scores."""
 
         def scores(repeat: Repeat, row: int) -> Tensor:
             return self._repeater.scores(repeat, row)[0].clamp_min(LEAST_SCORE).log()
 
-        wanted = self._known(self._scores, KEPT_SCORES, scores, texts, passages)
+        wanted = self._known(self._scores, KEPT_SCORES, scores, texts, lesson)
         errors = []
-        for log_scores, state in zip(wanted, states, strict=True):
+        for log_scores, state in zip(wanted, lesson.states, strict=True):
             if state.num_slots != log_scores.numel():
                 raise BadInput(f"{self.compressor.name} keeps no tokens that could be scored")
             errors.append((state.bias - log_scores.flatten()).square().mean())
@@ -216,14 +213,16 @@ class GistStudent(Student):
         limit: int,
         find: Callable[[Repeat, int], T],
         texts: Sequence[str],
-        passages: Sequence[Tensor],
+        lesson: Lesson,
     ) -> list[T]:
         """Something about each passage that its repetition shows, found once; the oldest go."""
         new = [i for i, text in enumerate(texts) if text not in known]
         if new:
-            ids = [passages[i] for i in new]
+            ids = [lesson.passages[i] for i in new]
             with torch.no_grad():
-                repeat = self._repeater(self._full.compress(ids), ids)
+                plain = self.compressor.reads_tokens_only  # then there is no need to encode again
+                hidden = lesson.hidden[:, new] if plain else self._full.encode(ids)
+                repeat = self._repeater(self._full.distil(hidden, ids), ids)
                 known |= {texts[i]: find(repeat, row) for row, i in enumerate(new)}
         found = [known[text] for text in texts]
         for text in list(known)[:-limit]:
