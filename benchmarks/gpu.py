@@ -28,6 +28,8 @@ OPERATIONS = (
     "select_fit",
 )
 METHODS = ("trim_kv", "gist_pool", "unigist", "autoencoding", "sentence_anchored")
+CONFIGS = {"trim_kv": "trim_kv.yaml --steps 1500"}
+"""Of methods that are not trained as the others are."""
 PYTHON = shlex.quote(sys.executable)
 CLI = f"{PYTHON} -m gist_rag.cli"
 
@@ -45,7 +47,8 @@ def steps(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         yield "train-reader", f"{train}/reader.yaml --steps 1500 --batch-size 64 --out {out}/reader"
     reader = f"--reader {out}/reader" if args.data else ""
     for method in METHODS if args.data else ():
-        command = f"{train}/gists.yaml --method {method} {reader}"
+        config = CONFIGS.get(method, "gists.yaml")
+        command = f"{train}/{config} --method {method} {reader}"
         yield f"train-{method}", f"{command} --out {out}/{method}"
     for passages in (1, 5, 10) if args.task else ():
         trained = [f"{out}/{method}" for method in METHODS if (out / method).exists()]

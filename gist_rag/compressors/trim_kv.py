@@ -65,10 +65,15 @@ class TrimKV(Compressor):
     only; ``fade`` adds the paper's. The released eager code multiplies logits by beta^(t - i); the
     sum of the paper is used, which equals soft eviction. Gates are ``width`` wide (512 there).
     ``budget="global"`` lets heads differ, in the capacity loss too (the paper's code has it for
-    inference). ``decode`` trims while it generates, as there.
+    inference). ``decode`` trims while it generates, as there. ``trim_kv-4x``, which ships, was not
+    taught by answers but by the loss term ``score``: (t - i) log beta_i is to be the log of the
+    attention that token i gets while the model repeats the passage, as KVzap (arXiv:2601.07891)
+    foretells the scores of KVzip. ``attention_matching`` keeps what gets most of it, at the price
+    of the repetition.
 
-    When to choose it: names, numbers and exact strings, which gists garble and kept tokens do not;
-    2x to 4x. It costs one prefill and two small matrices, and the reader stays as it is.
+    When to choose it: where compressing must be cheap, at 2x to 8x; for exact strings, which gists
+    garble and kept tokens do not. It costs one prefill and two small matrices, and the reader stays
+    as it is.
     """
 
     name: ClassVar[str] = "trim_kv"
