@@ -47,6 +47,22 @@ def test_it_is_far_better_than_controls(name: str, embedded_backbone: Backbone) 
     assert errors[trained.name] < 0.8 * errors[control.name]
 
 
+@torch.no_grad()
+def test_gates_keep_what_a_repetition_looks_at(embedded_backbone: Backbone) -> None:
+    """Without having the model repeat anything; a choice at random would share a quarter."""
+    ids = [embedded_backbone.tokenize(p.text) for p in sample_passages()[:4]]
+    matching = {"ratio": 4.0, "preset": "fast"}
+    kept = [
+        [
+            {*zip(s.row_of_slot().tolist(), s.offsets.tolist(), strict=True)}
+            for s in make_compressor(name, embedded_backbone, settings).compress(ids)
+        ]
+        for name, settings in (("attention_matching", matching), ("trim_kv-4x", {"ratio": 4.0}))
+    ]
+    for wanted, ours in zip(*kept, strict=True):
+        assert len(wanted & ours) > 0.7 * len(wanted)
+
+
 def test_another_ratio_is_another_space(name: str, embedded_backbone: Backbone) -> None:
     own, other = (make_compressor(name, embedded_backbone, s) for s in (None, {"ratio": 6.0}))
     ids = embedded_backbone.tokenize(sample_passages()[0].text)
