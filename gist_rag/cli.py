@@ -301,7 +301,9 @@ def train(
     method: Annotated[
         str | None, typer.Option(help="A method that is trained, or 'reader' for who reads.")
     ] = None,
-    data: Annotated[list[Path] | None, typer.Option(help="Files of questions; repeatable.")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Files of questions, or corpora; repeatable.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     task: Annotated[
         str | None, typer.Option(help="passages, or thoughts (rows of worked answers).")

@@ -123,6 +123,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.reader",
                 "gist_rag.prompt",
                 "gist_rag.questions",
+                "gist_rag.retrieval",
                 "gist_rag.types",
             }
         ),

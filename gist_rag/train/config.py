@@ -24,7 +24,8 @@ class TrainConfig(BaseModel):
         method: a compressor, or ``reader``.
         task: what is learnt from: ``passages``, gists of which are to be read as their text, or
             ``thoughts``, which a method compresses while it decodes them (``train.traces``).
-        data: files of questions (``gist_rag.questions``), or of worked answers for ``thoughts``.
+        data: files of questions (``gist_rag.questions``), or of worked answers for ``thoughts``;
+            where no question is asked, also a corpus, as ``precompute`` takes it.
         ratios: compression ratios, one drawn per step.
         passages: fewest and most passages beside a question, distractors included.
         max_passage_tokens: longer passages, or questions with their thoughts, are left out.

@@ -3,14 +3,18 @@ that was interrupted goes on exactly as it would have."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 from gist_rag.errors import BadInput
+from gist_rag.jsonl import read_lines
 from gist_rag.prompt import rag_pieces
 from gist_rag.questions import Question, load_questions
+from gist_rag.retrieval import read_corpus
 from gist_rag.train.config import READER, TrainConfig
 from gist_rag.types import Message
 
@@ -64,7 +68,7 @@ class Examples:
         self.questions = [
             replace(question, others=tuple(filter(fits, question.others)))
             for path in config.data
-            for question in load_questions(path)
+            for question in _load(path, config)
             if all(map(fits, question.gold))
         ]
         if not self.questions:
@@ -137,3 +141,20 @@ class Examples:
             if other not in question.gold and other not in found:
                 found.append(other)
         return found
+
+
+def _load(path: Path, config: TrainConfig) -> list[Question]:
+    """Questions of a file; where none is asked, a corpus does as well."""
+    if config.questions_per_context == 0 and config.method != READER and not _asks(path):
+        return [Question(p.id, "", ("",), (p.text,), ()) for p in read_corpus(path)]
+    return load_questions(path)
+
+
+def _asks(path: Path) -> bool:
+    """Whether the first row of a file is a question, or at least no passage."""
+    _, line = next(iter(read_lines(path)), ("", ""))
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return True  # whoever reads it says what is wrong
+    return not isinstance(row, dict) or "question" in row or "text" not in row

@@ -131,3 +131,26 @@ def test_long_passages_are_left_out() -> None:
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         examples(**settings)
+
+
+def test_a_corpus_does_where_no_question_is_asked(tmp_path: Path) -> None:
+    rows = [{"id": name, "title": name, "text": f"{name} is a city."} for name in ("Oslo", "Turin")]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(map(json.dumps, rows)))
+    alone = {"data": [corpus], "passages": (1, 1)}
+    batch, _ = examples(**alone, questions_per_context=0, batch_size=2).batch(0)
+    assert {e.passages for e in batch} == {("Oslo is a city.",), ("Turin is a city.",)}
+    with pytest.raises(BadInput, match="no question, answers, passages"):
+        examples(**alone)
+
+
+def test_what_is_neither_is_refused(tmp_path: Path) -> None:
+    for content, message in (
+        ("{", "no JSON"),
+        ("[1]", "no row|no id"),
+        ('{"id": 1}', "no question"),
+    ):
+        path = tmp_path / "other.jsonl"
+        path.write_text(content)
+        with pytest.raises(BadInput, match=message):
+            examples(data=[path], questions_per_context=0)
