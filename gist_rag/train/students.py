@@ -158,12 +158,20 @@ class GistStudent(Student):
         return self._weighted(terms)
 
     def _weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Raises ``BadInput`` where the run gives a weight to a term that is not there."""
+        """Terms that count. Raises ``BadInput`` where the run gives a weight to a term that is not
+        there, or to none that is."""
         if unknown := self.config.weights.keys() - terms.keys():
             raise BadInput(
                 f"no loss term {', '.join(sorted(unknown))}; there are {', '.join(sorted(terms))}"
             )
-        return {name: term * self.weights.get(name, 0.0) for name, term in terms.items()}
+        counted = {
+            name: term * weight
+            for name, term in terms.items()
+            if (weight := self.weights.get(name))
+        }
+        if not counted:
+            raise BadInput(f"every loss term has weight 0: {', '.join(sorted(terms))}")
+        return counted
 
     def _answers(self, examples: Sequence[Example], states: Mapping[str, GistState]) -> Answers:
         """What student and teacher say."""

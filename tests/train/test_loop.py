@@ -129,6 +129,13 @@ def test_a_loss_term_that_does_not_exist_is_named(settings: dict[str, Any]) -> N
         run(settings, weights={"mse": 1.0})
 
 
+def test_terms_of_no_weight_are_left_out(settings: dict[str, Any]) -> None:
+    [report] = run(settings, steps=1, weights={"ce": 0.0})
+    assert report.losses.keys() == {"kl"}
+    with pytest.raises(BadInput, match="every loss term has weight 0: ce, kl"):
+        run(settings, out=settings["out"] / "none", weights={"kl": 0.0, "ce": 0.0})
+
+
 @pytest.mark.slow
 def test_passages_alone_teach_too(settings: dict[str, Any]) -> None:
     """No question is asked, and targets are found once for each passage."""
