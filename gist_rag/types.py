@@ -184,8 +184,8 @@ class GistState:
         index = torch.arange(self.num_slots, device=self.rows.device)
         return index - self.rows.long()[self.row_of_slot()]
 
-    def packed(self) -> GistState:
-        """The same with the slots of each row side by side, so that the passage takes as few
+    def side_by_side(self) -> GistState:
+        """The same with slots at places 0, 1, ... of their row, so that the passage takes as few
         positions as there are slots."""
         span = int(self.lengths.max()) if len(self.rows) > 1 else 0
         return replace(self, offsets=self.rank_of_slot().to(torch.int32), span=span)

@@ -91,7 +91,7 @@ class Autoencoding(TrainedCompressor):
         )
 
     def extract(self, hidden: Tensor, layout: Layout) -> GistState:
-        return super().extract(hidden, layout).packed()
+        return super().extract(hidden, layout).side_by_side()
 
     def answer_losses(self, answers: Answers) -> dict[str, Tensor]:
         assert answers.closed is not None

@@ -68,7 +68,7 @@ class GistCoco(TrainedCompressor):
         return self.placed(Layout.append(len(input_ids), gists, self.config.kinds))
 
     def extract(self, hidden: Tensor, layout: Layout) -> GistState:
-        return super().extract(hidden, layout).packed()
+        return super().extract(hidden, layout).side_by_side()
 
     def finish(self, states: list[GistState], passages: Sequence[Tensor]) -> list[GistState]:
         if not self.config.verbalise or any(s.keys.requires_grad for s in states):

@@ -46,6 +46,7 @@ KEPT_TARGETS, KEPT_SCORES = 512, 8192
 """Passages whose targets are kept for the next time that they come: some 2 MB for each to
 ``match``, 50 KB to ``score``."""
 LEAST_SCORE = 1e-9
+"""Attention below this counts as this much."""
 
 
 class Student(nn.Module):
