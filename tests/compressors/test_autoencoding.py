@@ -29,6 +29,8 @@ def test_mask(method: Autoencoding, ids: Tensor, drawn: Callable[[Layout], str])
     assert drawn(layout) == "\n".join("x" * n for n in range(1, 11))
     assert layout.source.tolist() == [0, 1, 2, 3, -1, 4, 5, 6, 7, -1]
     assert layout.position.tolist() == [0, 1, 2, 3, 3, 4, 5, 6, 7, 7]
+    paper = make_compressor("autoencoding", method.backbone, {"ratio": 4.0, "positions": "paper"})
+    assert paper.layout(ids[:8]).is_causal
 
 
 def test_later_tokens_reach_no_earlier_gist(

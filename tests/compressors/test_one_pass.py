@@ -69,9 +69,8 @@ def in_one(compressor: Compressor, before: Tensor, passage: Tensor, question: Te
 
 @torch.no_grad()
 @pytest.mark.parametrize("adapt", ["gists", "all"])
-@pytest.mark.parametrize(
-    ("start", "positions"), [("learned", "paper"), ("token", "tokens")], ids=["paper", "tokens"]
-)
+@pytest.mark.parametrize("positions", ["paper", "tokens"])
+@pytest.mark.parametrize("start", ["learned", "token"])
 @pytest.mark.parametrize("name", METHODS)
 def test_two_passes_equal_one(
     backbone: Backbone,

@@ -48,6 +48,27 @@ def test_it_is_far_better_than_controls(name: str, embedded_backbone: Backbone) 
 
 
 @torch.no_grad()
+def test_heads_get_more_of_a_passage_than_from_controls(
+    name: str, embedded_backbone: Backbone
+) -> None:
+    """On passages that it has not learnt from: how far each head is from the whole passage."""
+    ids = [embedded_backbone.tokenize(p.text) for p in sample_passages()[:2]]
+    repeater, full = Repeater(embedded_backbone), make_compressor("full", embedded_backbone)
+    repeat = repeater(full.compress(ids), ids)
+    targets = [repeater.target(repeat, row, 48) for row in range(len(ids))]
+    trained = make_compressor(name, embedded_backbone)
+    control = make_compressor("strided", embedded_backbone, {"ratio": trained.config.ratio})
+    errors = {
+        method.name: sum(
+            float(repeater.error(target, state))
+            for target, state in zip(targets, method.compress(ids), strict=True)
+        )
+        for method in (trained, control)
+    }
+    assert errors[trained.name] < 0.9 * errors[control.name]
+
+
+@torch.no_grad()
 def test_gates_keep_what_a_repetition_looks_at(embedded_backbone: Backbone) -> None:
     """Without having the model repeat anything; a choice at random would share a quarter."""
     ids = [embedded_backbone.tokenize(p.text) for p in sample_passages()[:4]]

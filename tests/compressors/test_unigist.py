@@ -29,7 +29,8 @@ def test_mask(drawn: Callable[[Layout], str]) -> None:
 
 
 def test_a_gist_may_share_the_position_of_the_next_token(backbone: Backbone, ids: Tensor) -> None:
-    layout = make_compressor("unigist", backbone, {"ratio": 4, "positions": "paper"}).layout(ids)
+    settings = {"ratio": 4.0, "window": 8, "sinks": 2, "positions": "paper"}
+    layout = make_compressor("unigist", backbone, settings).layout(ids)
     gists = layout.is_gist.nonzero()[:-1, 0]
     assert torch.equal(layout.position[gists], layout.position[gists + 1])
     raw = layout.position[~layout.is_gist]

@@ -50,11 +50,18 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["gisting", "reader"])
-def test_training_lowers_the_loss(settings: dict[str, Any], method: str) -> None:
-    reports = run(settings, method=method, steps=30, save_every=30, passages=(1, 1), lr=2e-2)
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [("gisting", {"start": "learned", "positions": "paper"}), ("reader", {})],
+    ids=["gisting", "reader"],
+)
+def test_training_lowers_the_loss(
+    settings: dict[str, Any], method: str, own: dict[str, str]
+) -> None:
+    given = {"method": method, "settings": own, "passages": (1, 1)}
+    reports = run(settings | given, steps=30, save_every=30, lr=2e-2)
     total = [sum(r.losses.values()) for r in reports]
-    assert sum(total[-5:]) < 0.95 * sum(total[:5])
+    assert sum(total[-5:]) < 0.9 * sum(total[:5])
     assert [r.step for r in reports] == list(range(1, 31))
     log = (settings["out"] / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == list(range(1, 31))
