@@ -202,6 +202,11 @@ class Backbone:
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
         return torch.as_tensor(ids, dtype=torch.long)
 
+    def plain(self, text: str) -> str:
+        """A piece of a prompt without special tokens, such as those of a chat template."""
+        plain: str = self.tokenizer.decode(self.tokenize(text), skip_special_tokens=True)
+        return plain.strip()
+
     def breaks(self, input_ids: Tensor, pattern: str) -> list[int]:
         """Exclusive ends of the tokens ``(T,)`` in which matches of a pattern end, rising.
 

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gist_rag.errors import BadInput, GistRagError
-from gist_rag.models import DEFAULT_RAG_MODEL
+from gist_rag.models import DEFAULT_EMBEDDER, DEFAULT_RAG_MODEL
 
 if TYPE_CHECKING:
     from gist_rag.store import GistStore
@@ -146,6 +146,13 @@ def ask(
         str | None, typer.Option(help="Whose gists, where a store has several namespaces.")
     ] = None,
     reader: ReaderFolder = None,
+    judge: Annotated[
+        str,
+        typer.Option(
+            help="Who weighs passages: index (its embedder), likelihood (the model), the name of "
+            "an embedder, or none."
+        ),
+    ] = "index",
     focus: Annotated[
         int | None, typer.Option(min=1, help="Read only so many passages: those that matter most.")
     ] = None,
@@ -168,6 +175,7 @@ def ask(
                 store,
                 namespace=namespace,
                 reader=reader,
+                judge=None if judge == "none" else judge,
                 focus=focus,
                 apart=apart,
                 expand=expand,
@@ -219,7 +227,7 @@ def demo(
 
         passages, results = sample_passages(), []
         with _loading(DEFAULT_RAG_MODEL):
-            engine = DemoEngine.from_pretrained(DEFAULT_RAG_MODEL, store)
+            engine = DemoEngine.from_pretrained(DEFAULT_RAG_MODEL, store, judge=DEFAULT_EMBEDDER)
         with engine:
             with _bar("passages", hidden=as_json) as progress:
                 GistRAG(engine).build(passages, progress=progress)
@@ -254,6 +262,9 @@ def evaluate(
     preset: Preset = None,
     refine_steps: RefineSteps = None,
     positions: Annotated[str | None, typer.Option(help="sequence or parallel.")] = None,
+    judge: Annotated[
+        str, typer.Option(help="Who says which passages matter: likelihood, or an embedder's name.")
+    ] = "likelihood",
     codec: Annotated[
         str | None, typer.Option(help="Read gists as they would be stored: bf16, int8 or int4.")
     ] = None,
@@ -281,6 +292,7 @@ def evaluate(
             "settings": _given(preset=preset, refine_steps=refine_steps),
             "arms": tuple(filter(None, arms.split(","))),
             "reader": reader,
+            "judge": judge,
             "codec": codec,
             "dtype": dtype,
             **_given(positions=positions),

@@ -7,7 +7,7 @@ launch over all layers, heads and passages (``gist_rag_kernels.compose_packed``)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -28,10 +28,16 @@ DEFAULT_POSITIONS: Positions = "sequence"
 
 @dataclass(frozen=True)
 class Placed:
-    """A state and the position of its first token."""
+    """A state and the position of its first token.
+
+    Attributes:
+        log_weight: added to the log-mass of its slots: how much of its attention a prompt is to
+            give it, next to other passages.
+    """
 
     state: GistState
     start: int
+    log_weight: float = 0.0
 
 
 def place(
@@ -43,6 +49,12 @@ def place(
         placed.append(Placed(state, start if positions == "parallel" else end))
         end = max(end, placed[-1].start + state.span)
     return placed, end
+
+
+def weighed(placed: Sequence[Placed], log_weights: Sequence[float]) -> list[Placed]:
+    """The same passages, each with a weight."""
+    pairs = zip(placed, log_weights, strict=True)
+    return [replace(one, log_weight=weight) for one, weight in pairs]
 
 
 def arrange(
@@ -172,7 +184,7 @@ class _Joined:
         starts = [0 if bank is not None else p.start for p in placed]
         return cls(
             kv=_join(states, backbone.dtype),
-            bias=torch.cat([state.bias for state in states]).float(),
+            bias=torch.cat([p.state.bias.to(device).float() + p.log_weight for p in placed]),
             # a bank has no order, so no places either
             offsets=offsets if bank is None else torch.zeros_like(offsets),
             starts=torch.tensor(starts, device=device),

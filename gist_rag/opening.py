@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
-from gist_rag.compose import Placed, Positions, arrange, compose
-from gist_rag.focus import APART, Expand, Focus, log_likelihoods
+from gist_rag.compose import Placed, Positions, arrange, compose, weighed
+from gist_rag.focus import APART, Expand, Focus, log_likelihoods, log_weights
 from gist_rag.layout import Slots
 from gist_rag.mixture import Mixture
 from gist_rag.prompt import Known, Segment, Text, as_text, num_known, with_only, without_gaps
@@ -27,9 +27,14 @@ from gist_rag.types import GistState, Sampling
 
 PREFIXES = 32
 """Leading texts whose exact KV is kept in memory."""
+QUESTION_WORDS, QUESTION_CHARS = 4, 1000
+"""A question behind the passages has so many words or more; so many characters of it are judged."""
 
 States = Mapping[str, GistState]
 """Gists by the content key of their passage."""
+
+Judge = Callable[[str, Sequence[Known]], Tensor]
+"""How much each passage has to do with a question, ``(P,)`` in nats."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,9 @@ class Opener:
 
     Args:
         positions, reader, focus, expand: see ``engine.GistEngine``.
+        weigh: whether passages that are read together have weights of their own.
+        judge: who says what passages matter; default: the model, by how likely each makes what
+            follows.
     """
 
     def __init__(
@@ -102,12 +110,17 @@ class Opener:
         reader: Reader | None = None,
         focus: Focus | None = None,
         expand: Expand | None = None,
+        *,
+        weigh: bool = False,
+        judge: Judge | None = None,
     ) -> None:
         self.backbone = backbone
         self.positions = positions
         self.reader = reader
         self.focus = focus
         self.expand = expand
+        self.weigh = weigh
+        self.judge = judge
         self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -136,13 +149,20 @@ class Opener:
         return opening
 
     def plan(
-        self, segments: Sequence[Segment], states: States, positions: Positions | None = None
+        self,
+        segments: Sequence[Segment],
+        states: States,
+        positions: Positions | None = None,
+        weights: Sequence[float] | None = None,
     ) -> Plan:
         """Positions of everything in one row.
 
         The first text is the prefix; where no passage is a gist, all texts but the last. Passages
         with nothing but whitespace between them stand side by side; that whitespace is left out.
         Other text is read in one pass at the end, each piece seeing the passages before it.
+
+        Args:
+            weights: logs, of each passage; default: all alike.
         """
         first = int(isinstance(segments[0], Text)) if num_known(segments) else len(segments) - 1
         prefix = self.backbone.tokenize("".join(s.text for s in segments[:first]))
@@ -152,7 +172,9 @@ class Opener:
             for s in following
         ]
         placed, text = arrange(pieces, len(prefix), positions or self.positions)
-        known = [s for s in following if isinstance(s, Known)]
+        if weights is not None:
+            placed = weighed(placed, weights)
+        known = _known(following)
         end = pieces[-1]
         assert isinstance(end, Tensor)  # a passage never ends a prompt
         return Plan(prefix, placed, known, text, len(end))
@@ -160,21 +182,32 @@ class Opener:
     # ---- the steps of open
 
     def _choose(self, prompts: Sequence[Sequence[Segment]], states: States) -> list[_Chosen]:
-        """What is to be read of prompts: all, or only what matters, or each passage apart."""
+        """What is to be read of prompts: all, or only what matters, or each passage apart.
+
+        Where passages are read apart and the model judges them, that costs no pass of its own:
+        the rows that answer are among those that are judged.
+        """
         chosen, focus = [_Chosen(prompt) for prompt in prompts], self.focus
-        if focus is None:
-            return chosen
-        if focus.apart:
-            sizes = [num_known(prompt) for prompt in prompts]
-            return [
-                replace(c, readings=focus.candidates(size)) if size > 1 else c
-                for c, size in zip(chosen, sizes, strict=True)
-            ]
-        many = [i for i, prompt in enumerate(prompts) if num_known(prompt) > focus.passages]
-        for i, found in zip(many, self._judge([prompts[i] for i in many], states), strict=True):
-            places = focus.chosen(found)
-            chosen[i] = _Chosen(with_only(prompts[i], places), likelihoods=found[places])
+        least = 1 if focus is None or self.weigh or focus.apart else focus.passages
+        many = [i for i, prompt in enumerate(prompts) if num_known(prompt) > least]
+        if focus is not None and focus.apart and self.judge is None:
+            for i in many:
+                chosen[i] = replace(chosen[i], readings=focus.candidates(num_known(prompts[i])))
+        elif focus is not None or self.weigh:
+            found = self._judge([prompts[i] for i in many], states)
+            for i, judged in zip(many, found, strict=True):
+                chosen[i] = self._chosen(prompts[i], judged)
         return chosen
+
+    def _chosen(self, prompt: Sequence[Segment], judged: Tensor) -> _Chosen:
+        """What is to be read of a prompt, once its passages have been judged."""
+        focus = self.focus
+        if focus is not None and focus.apart:
+            return _Chosen(prompt, focus.readings(judged)[0], judged)
+        if focus is not None:
+            places = focus.chosen(judged)
+            prompt, judged = with_only(prompt, places), judged[places]
+        return _Chosen(prompt, judged=judged, weights=log_weights(judged) if self.weigh else None)
 
     def _open(
         self,
@@ -186,7 +219,10 @@ class Opener:
         """Compose and read. Where passages are read apart, all rows are read up to the first
         token, and those that matter go on; the prompts then say what has been found out."""
         rows = [
-            [self.plan(s, states, APART if prompt.readings else None) for s in prompt.rows()]
+            [
+                self.plan(s, states, APART if prompt.readings else None, prompt.gist_weights)
+                for s in prompt.rows()
+            ]
             for prompt in prompts
         ]
         plans = [plan for one in rows for plan in one]
@@ -195,45 +231,55 @@ class Opener:
         self.backbone.check_window(texts, [sampling[i] for i in owner])
         context = Context([self._prefix(p.prefix) for p in plans], self._compose(plans))
         lap("compose_ms")
-        apart = len(plans) > len(prompts)
-        counts = [
-            0 if prompts[i].likelihoods is not None else plans[row].end
-            for row, i in enumerate(owner)
-        ]
-        opened = self.backbone.open(context, texts, self.reader, counts=counts if apart else None)
-        if apart:
-            prompts, rows, opened = self._select(prompts, rows, opened)
+        counts = None
+        if any(prompt.unjudged for prompt in prompts):
+            counts = [plans[row].end if prompts[i].unjudged else 0 for row, i in enumerate(owner)]
+        mixture = None if counts else self._mixture(prompts)
+        opened = self.backbone.open(context, texts, self.reader, mixture, counts=counts)
+        if opened.likelihoods is not None:
+            prompts, rows, opened = self._select(prompts, rows, opened, opened.likelihoods)
         joined = zip(rows, prompts, strict=True)
         whole = [Plan.joined(one, prompt.as_text) for one, prompt in joined]
         return list(prompts), Opening(whole, opened)
 
     def _select(
-        self, prompts: Sequence[_Chosen], rows: Sequence[Sequence[Plan]], opened: Opened
+        self,
+        prompts: Sequence[_Chosen],
+        rows: Sequence[Sequence[Plan]],
+        opened: Opened,
+        likelihoods: Tensor,
     ) -> tuple[list[_Chosen], list[list[Plan]], Opened]:
         """Go on with those of each prompt's rows that matter."""
         assert self.focus is not None
-        assert opened.likelihoods is not None
         judged: list[_Chosen] = []
         kept: list[list[Plan]] = []
-        places, weights, first = [], [], 0
-        likelihoods = opened.likelihoods.split([*map(len, rows)])
-        for prompt, one, found in zip(prompts, rows, likelihoods, strict=True):
-            going, weight = [0], found.new_zeros(1)
-            if prompt.readings:
-                alone = prompt.likelihoods
-                if alone is None:
-                    alone = found[: num_known(prompt.segments)]
-                readings, weight = self.focus.readings(alone)
+        places: list[int] = []
+        first = 0
+        each = likelihoods.split([*map(len, rows)])
+        for prompt, one, found in zip(prompts, rows, each, strict=True):
+            going = [*range(len(one))]
+            if prompt.unjudged:
+                alone = found[: num_known(prompt.segments)]
+                readings, _ = self.focus.readings(alone)
                 going = [prompt.readings.index(reading) for reading in readings]
-                prompt = replace(prompt, readings=readings, likelihoods=alone)
+                prompt = replace(prompt, readings=readings, judged=alone)
             judged.append(prompt)
             kept.append([one[row] for row in going])
             places += [first + row for row in going]
-            weights.append(weight)
             first += len(one)
         slots = self._compose([plan for one in kept for plan in one])
-        mixture = Mixture(_owner(kept), torch.cat(weights))
-        return judged, kept, opened.select(places, slots, mixture)
+        return judged, kept, opened.select(places, slots, self._mixture(judged))
+
+    def _mixture(self, prompts: Sequence[_Chosen]) -> Mixture:
+        """Which rows answer together, and with what weights."""
+        weights = []
+        for prompt in prompts:
+            weight = torch.zeros(1)
+            if prompt.readings and self.focus is not None and prompt.judged is not None:
+                weight = self.focus.readings(prompt.judged)[1]
+            weights.append(weight.to(self.backbone.device))
+        owner = [i for i, weight in enumerate(weights) for _ in weight]
+        return Mixture(owner, torch.cat(weights))
 
     def _doubtful(self, opening: Opening) -> list[int]:
         """Prompts whose gists leave a doubt."""
@@ -248,17 +294,20 @@ class Opener:
         """Prompts with what matters as text where there is doubt."""
         assert self.expand is not None
         chosen = list(prompts)
-        unjudged = [i for i in doubtful if prompts[i].likelihoods is None]
+        unjudged = [i for i in doubtful if prompts[i].judged is None]
         found = self._judge([prompts[i].segments for i in unjudged], states)
         judged = dict(zip(unjudged, found, strict=True))
         for i in doubtful:
-            likelihoods = prompts[i].likelihoods
-            places = self.expand.chosen(judged[i] if likelihoods is None else likelihoods)
+            known = prompts[i].judged
+            places = self.expand.chosen(judged[i] if known is None else known)
             chosen[i] = replace(prompts[i], expanded=places)
         return chosen
 
     def _judge(self, prompts: Sequence[Sequence[Segment]], states: States) -> Sequence[Tensor]:
-        """Per prompt and passage ``(P,)``, how likely it alone makes what follows all passages."""
+        """Per prompt, how much each passage has to do with it, ``(P,)`` in nats: how likely it
+        alone makes what follows all passages, if nobody else judges."""
+        if self.judge is not None:
+            return [self.judge(self._question(prompt), _known(prompt)) for prompt in prompts]
         sizes = [num_known(prompt) for prompt in prompts]
         if not sum(sizes):
             return []
@@ -275,6 +324,14 @@ class Opener:
             [plan.end for plan in alone],
         )
         return list(found.split(sizes))
+
+    def _question(self, prompt: Sequence[Segment]) -> str:
+        """What a prompt asks: the text behind its passages, or all its text where that is short."""
+        texts = [s.text for s in prompt if isinstance(s, Text)]
+        asked = self.backbone.plain(texts[-1])
+        if len(asked.split()) < QUESTION_WORDS:
+            asked = self.backbone.plain("".join(texts))
+        return asked[-QUESTION_CHARS:]
 
     def _compose(self, plans: Sequence[Plan]) -> Slots | None:
         return compose([plan.placed for plan in plans], self.backbone)
@@ -300,20 +357,34 @@ class _Chosen:
 
     Attributes:
         readings: places of the passages that each row is to have; none: one row with all.
-        likelihoods: ``(P,)`` of its passages, where they have been judged.
+        judged: ``(P,)`` of its passages, where they have been.
+        weights: logs, of its passages where they are read together; ``None``: all alike.
         expanded: places of those that are to be read as text, where there are ``readings`` in the
             one that has nothing else.
     """
 
     segments: Sequence[Segment]
     readings: Sequence[list[int]] = ()
-    likelihoods: Tensor | None = None
+    judged: Tensor | None = None
+    weights: Sequence[float] | None = None
     expanded: Sequence[int] = ()
+
+    @property
+    def unjudged(self) -> bool:
+        """Whether rows are to be chosen by what reading them shows."""
+        return bool(self.readings) and self.judged is None
+
+    @property
+    def gist_weights(self) -> list[float] | None:
+        """Of the passages that are read as gists."""
+        if self.weights is None:
+            return None
+        return [w for place, w in enumerate(self.weights) if place not in self.expanded]
 
     @property
     def as_text(self) -> list[Known]:
         """Passages that are read as text."""
-        known = [s for s in self.segments if isinstance(s, Known)]
+        known = _known(self.segments)
         alone = [r[0] for r in self.readings if len(r) == 1] if self.readings else self.expanded
         return [known[place] for place in self.expanded if place in alone]
 
@@ -327,6 +398,10 @@ class _Chosen:
             alone = len(reading) == 1 and reading[0] in self.expanded
             rows.append([Text(s.text) for s in row] if alone else row)
         return rows
+
+
+def _known(segments: Sequence[Segment]) -> list[Known]:
+    return [s for s in segments if isinstance(s, Known)]
 
 
 def _owner(rows: Sequence[Sequence[Plan]]) -> list[int]:

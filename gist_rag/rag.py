@@ -9,16 +9,21 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
+
+import numpy as np
 
 from gist_rag.engine import Chunk, GistEngine, Precomputed
 from gist_rag.errors import BadInput, CorruptEntry, IndexMismatch, SpaceMismatch
-from gist_rag.models import DEFAULT_EMBEDDER, embedder_folder
+from gist_rag.likeness import LIKELIHOOD, Judge, Likeness, named_embedder
+from gist_rag.models import DEFAULT_EMBEDDER
 from gist_rag.prompt import rag_messages, rag_segments
-from gist_rag.retrieval import Embedder, SentenceEmbedder, VectorIndex
+from gist_rag.retrieval import Embedder, VectorIndex
 from gist_rag.store import GistStore
 from gist_rag.types import Answer, Passage, Sampling
 
+INDEX: Literal["index"] = "index"
+"""The judge that is the embedder of the index."""
 EMBED_BATCH = 256
 """Passages that are embedded at a time."""
 
@@ -40,7 +45,7 @@ class GistRAG:
     Args:
         engine: compresses passages and answers.
         index: rows of the engine's passages; default the one beside its gists, or an empty one.
-        embedder: default the packaged MiniLM.
+        embedder: default the engine's judge where that is one, else the packaged MiniLM.
     """
 
     def __init__(
@@ -50,7 +55,8 @@ class GistRAG:
         embedder: Embedder | None = None,
     ) -> None:
         self.engine = engine
-        self.embedder = embedder or named_embedder(DEFAULT_EMBEDDER)
+        judge = None if engine.judge == LIKELIHOOD else engine.judge
+        self.embedder: Embedder = embedder or judge or named_embedder(DEFAULT_EMBEDDER)
         folder = index_folder(engine.store, engine.space)
         self.index = _saved_index(folder, self.embedder.name) if index is None else index
         if self.index.embedder != self.embedder.name:
@@ -66,6 +72,7 @@ class GistRAG:
         compressor: str | Path | None = None,
         embedder: Embedder | None = None,
         reader: str | Path | None = None,
+        judge: Judge | str | None = INDEX,
         focus: int | None = None,
         apart: int | None = None,
         expand: float | None = None,
@@ -80,6 +87,8 @@ class GistRAG:
             model: where the model is to be found now, if not under its old name.
             compressor: where the folder of a trained compressor is to be found now.
             embedder: default the one the index was made with.
+            judge: see ``GistEngine``; default the embedder of the index, which weighs passages for
+                next to nothing, unless ``focus`` or ``apart`` is given.
             reader, focus, apart, expand: see ``GistEngine.from_pretrained``.
             dtype, device: see ``models.load_model``.
 
@@ -95,8 +104,11 @@ class GistRAG:
             index = VectorIndex.load(index_folder(opened, space))
             embedder = embedder or named_embedder(index.embedder)
             check_index(index, opened, space)
+            if judge == INDEX:
+                judge = embedder if focus is None and apart is None else None
             options = {
                 "reader": reader,
+                "judge": judge,
                 "focus": focus,
                 "apart": apart,
                 "expand": expand,
@@ -133,9 +145,10 @@ class GistRAG:
         self.index.remove(set(self.index.contents).difference(store.contents(space)))
         known = set(self.index.contents)
         missing = [p for p in store.passages(space) if p.content not in known]
+        likeness = Likeness(self.embedder, store)
         for first in range(0, len(missing), EMBED_BATCH):
-            batch = missing[first : first + EMBED_BATCH]
-            self.index.add([p.content for p in batch], self.embedder([p.text for p in batch]))
+            vectors = likeness.learn(missing[first : first + EMBED_BATCH])
+            self.index.add([*vectors], np.stack([*vectors.values()]))
         self._save()
         check_index(self.index, store, space)
         return done
@@ -225,11 +238,6 @@ class GistRAG:
 
     def _save(self) -> None:
         self.index.save(index_folder(self.engine.store, self.engine.space))
-
-
-def named_embedder(name: str) -> SentenceEmbedder:
-    """The embedder an index remembers by this name."""
-    return SentenceEmbedder(embedder_folder(name), name)
 
 
 def index_folder(store: GistStore, space: str) -> Path:

@@ -295,7 +295,7 @@ def test_those_apart_are_judged_once(
     opened: list[tuple[list[int], list[int]]] = []
 
     def spy(context: Context, texts: list[Local], *args: object, **kwargs: object) -> object:
-        opened.append(([int(t.seen[-1]) for t in texts], list(kwargs["counts"])))  # type: ignore[call-overload]
+        opened.append(([int(t.seen[-1]) for t in texts], list(kwargs["counts"] or ())))  # type: ignore[call-overload]
         return open_(context, texts, *args, **kwargs)  # type: ignore[arg-type]
 
     open_ = engine.backbone.open

@@ -4,7 +4,8 @@ Arms are ``closed`` (no passages), ``full`` (text), ``truncated`` (text cut to t
 slots), ``reuse`` (uncompressed gists) and compressors, each ``name`` or ``name@ratio``. Behind it
 may stand what is done with the ``n`` passages that matter most (``gist_rag.focus``): ``:n`` reads
 them alone of all, ``~n`` reads each of them apart, ``^n`` does so and reads all together besides;
-and last, ``+n`` has them as text, of passages read apart where they stand alone.
+``*`` instead reads all together, each with its weight; and last, ``+n`` has them as text, of
+passages read apart where they stand alone. Who judges what matters is the config's ``judge``.
 Each prediction says in what ``doubt`` it was made, so that a threshold can be found afterwards.
 
 Scores are the gold answer's NLL per token, the share of questions whose gold answer is likelier per
@@ -26,20 +27,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local, Prefix
-from gist_rag.compose import DEFAULT_POSITIONS, Placed, Positions, arrange, compose
+from gist_rag.compose import DEFAULT_POSITIONS, Placed, Positions, arrange, compose, weighed
 from gist_rag.compressors import COMPRESSORS, DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.errors import BadInput
 from gist_rag.evaluate import metrics
 from gist_rag.evaluate.environment import environment
 from gist_rag.evaluate.probes import make_probe
 from gist_rag.evaluate.tasks import Example, Task, load_task
-from gist_rag.focus import APART, TOGETHER, Expand, Focus, log_likelihoods
+from gist_rag.focus import APART, TOGETHER, Expand, Focus, log_likelihoods, log_weights
+from gist_rag.likeness import LIKELIHOOD, Likeness, named_embedder
 from gist_rag.mixture import Mixture
 from gist_rag.models import DEFAULT_RAG_MODEL
-from gist_rag.prompt import rag_messages, rag_pieces
+from gist_rag.prompt import Known, rag_messages, rag_pieces
 from gist_rag.reader import Reader, load_backbone
 from gist_rag.store import pack, unpack
-from gist_rag.types import GistState
+from gist_rag.types import GistState, content_key
 
 TEXT_ARMS = ("closed", "full", "truncated")
 UNTRAINED = {*TEXT_ARMS, "reuse", *COMPRESSORS}
@@ -62,6 +64,7 @@ class EvaluateConfig(BaseModel):
     seed: int = 0
     model: str = DEFAULT_RAG_MODEL
     reader: str | None = None
+    judge: str = LIKELIHOOD
     codec: str | None = None
     dtype: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -206,17 +209,17 @@ class Arm:
             BadInput: no ratio, or no number of passages, where there should be one; or passages to
                 be chosen from those of an arm that reads no gists.
         """
-        form = r"(.*?)(?:@([^@]*?))?(?:([:~^])(\d+))?(?:\+(\d+))?"
-        name, given, how, many, expanded = re.fullmatch(form, text, re.S).groups("")  # type: ignore[union-attr]
+        form = r"(.*?)(?:@([^@]*?))?(?:([:~^])(\d+)|(\*))?(?:\+(\d+))?"
+        name, given, how, many, weigh, expanded = re.fullmatch(form, text, re.S).groups("")  # type: ignore[union-attr]
         default = ratio if name in UNTRAINED else None
         try:
             chosen = float(given) if given else default
         except ValueError as error:
             raise BadInput(
-                f"arm {text!r} is not name or name@ratio, perhaps with :n, ~n or ^n behind it, "
+                f"arm {text!r} is not name or name@ratio, perhaps with :n, ~n, ^n or * behind it, "
                 "and then with +n"
             ) from error
-        arm = cls(name, chosen, how, int(many or 0), int(expanded or 0))
+        arm = cls(name, chosen, how or weigh, int(many or 0), int(expanded or 0))
         if arm.chooses and name in TEXT_ARMS:
             raise BadInput(f"arm {text!r}: {name} reads no gists to choose from")
         return arm
@@ -229,10 +232,15 @@ class Arm:
     @property
     def focus(self) -> Focus | None:
         """What it reads of its passages; ``None`` for all, together."""
-        if not self.how:
+        if self.how in ("", "*"):
             return None
         together = TOGETHER if self.how == "^" else 0.0
         return Focus(self.many, apart=self.how != ":", together=together)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether passages have weights of their own."""
+        return self.how == "*"
 
     @property
     def gists(self) -> tuple[str, float | None]:
@@ -251,6 +259,9 @@ class _Arms:
         gists = {a.gists: a for a in self.arms.values() if a.name not in TEXT_ARMS}
         self.compressors = {key: self._compressor(arm) for key, arm in gists.items()}
         self._prefixes: dict[str, Prefix] = {}
+        self._likeness = (
+            None if config.judge == LIKELIHOOD else Likeness(named_embedder(config.judge))
+        )
 
     def _compressor(self, arm: Arm) -> Compressor:
         if arm.name == "reuse":
@@ -321,7 +332,12 @@ class _Arms:
         everything = list(range(len(states)))
         as_text = [] if likelihoods is None else Expand(0.0, arm.expanded).chosen(likelihoods)
         if likelihoods is None or arm.focus is None:
-            return [self._reading(example, states, everything, source, as_text)]
+            row = self._reading(example, states, everything, source, as_text)
+            if likelihoods is not None and arm.weighs:
+                logs = log_weights(likelihoods)
+                gists = [w for place, w in enumerate(logs) if place not in as_text]
+                row = replace(row, placed=weighed(row.placed, gists))
+            return [row]
         readings, weights = arm.focus.readings(likelihoods)
         positions = APART if arm.focus.apart else None
         out = []
@@ -346,7 +362,12 @@ class _Arms:
         return self._mixed(example, kept, source, positions)
 
     def _likelihoods(self, example: Example, states: Sequence[GistState]) -> Tensor:
-        """How likely each passage, alone, makes the question."""
+        """How much each passage has to do with the question, in nats."""
+        if self._likeness is not None:
+            known = [Known(content_key(text), text) for text in example.passages]
+            nothing = [None] * len(known)
+            _, pieces = rag_pieces(example.question, nothing, self.backbone.render)
+            return self._likeness(self.backbone.plain(pieces[-1] or ""), known)
         alone = [self._reading(example, states, [place], 0) for place in range(len(states))]
         return log_likelihoods(
             self.backbone,

@@ -1,22 +1,26 @@
-"""``bench ttft``: time to the first token from text, from gists read together, and from gists read
-apart, in one interleaved run."""
+"""``bench ttft``: time to the first token from text, and from gists read together, together with
+weights, and apart, in one interleaved run."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from gist_rag.engine import GistEngine
 from gist_rag.errors import BadInput
 from gist_rag.evaluate.environment import environment
 from gist_rag.focus import Focus
-from gist_rag.models import DEFAULT_MODEL
+from gist_rag.likeness import named_judge
+from gist_rag.models import DEFAULT_EMBEDDER, DEFAULT_MODEL
 from gist_rag.prompt import rag_messages
 from gist_rag.sample import sample_passages, sample_questions
 from gist_rag.store import GistStore
 from gist_rag.types import Answer, Sampling
+
+ARMS = ("text", "gist", "weighed", "apart", "miss")
 
 
 def bench_ttft(
@@ -28,6 +32,7 @@ def bench_ttft(
     dtype: str | None = None,
     repeats: int = 5,
     apart: int = 3,
+    judge: str = DEFAULT_EMBEDDER,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Medians over interleaved repeats, each with another question and other passages.
@@ -40,6 +45,7 @@ def bench_ttft(
         passages: passages per prompt, each a row of the result.
         repeats: timed prompts per row and arm, after one that warms up.
         apart: passages that answer where they are read apart, see ``focus.Focus``.
+        judge: who weighs passages, see ``engine.GistEngine``.
 
     Raises:
         BadInput: more passages than the sample has.
@@ -51,23 +57,19 @@ def bench_ttft(
         engine = GistEngine.from_pretrained(
             model, store, settings={"ratio": ratio}, codec=codec, dtype=dtype
         )
-        empty = GistEngine(engine.backbone, engine.compressor, reader=engine.reader)
-        parted = GistEngine(
-            engine.backbone,
-            engine.compressor,
-            store,
-            codec=codec,
-            reader=engine.reader,
-            focus=Focus(apart, apart=True),
-        )
+        like = partial(GistEngine, engine.backbone, engine.compressor, reader=engine.reader)
+        empty = like()
+        weighing = like(store, codec=codec, judge=named_judge(judge))
+        parted = like(store, codec=codec, focus=Focus(apart, apart=True))
         if progress:
             progress(f"compressing {max(passages)} passages")
         made = engine.precompute(sample[: max(passages)])
+        weighing.precompute(sample[: max(passages)])  # vectors of passages
         rows = []
         for count in passages:
             if progress:
                 progress(f"timing {count} passages")
-            runs: dict[str, list[Answer]] = {"text": [], "gist": [], "apart": [], "miss": []}
+            runs: dict[str, list[Answer]] = {name: [] for name in ARMS}
             for repeat in range(-1, repeats):
                 texts = [sample[(repeat + i) % max(passages)].text for i in range(count)]
                 prompt = rag_messages(questions[repeat % len(questions)].text, texts)
@@ -75,6 +77,7 @@ def bench_ttft(
                 answers = {
                     "text": engine.generate(prompt, first, gist_mode="off"),
                     "gist": engine.generate(prompt, first, gist_mode="require"),
+                    "weighed": weighing.generate(prompt, first, gist_mode="require"),
                     "apart": parted.generate(prompt, first, gist_mode="require"),
                     "miss": empty.generate(prompt, first),
                 }
@@ -91,6 +94,7 @@ def bench_ttft(
             "dtype": str(engine.backbone.dtype),
             "repeats": repeats,
             "apart": apart,
+            "judge": judge,
             "precompute_seconds_per_passage": round(made.seconds / max(made.written, 1), 3),
             **environment(),
         },
@@ -103,16 +107,19 @@ def _row(count: int, runs: dict[str, list[Answer]]) -> dict[str, Any]:
     def median(name: str, field: str) -> float:
         return float(statistics.median(getattr(a.stats, field) for a in runs[name]))
 
-    text, gist, apart = (median(name, "first_token_ms") for name in ("text", "gist", "apart"))
+    text, gist, weighed, apart, miss = (median(name, "first_token_ms") for name in ARMS)
     return {
         "passages": count,
         "source_tokens": round(median("gist", "source_tokens")),
         "ttft_text_ms": round(text, 1),
         "ttft_gist_ms": round(gist, 1),
+        "ttft_weighed_ms": round(weighed, 1),
         "ttft_apart_ms": round(apart, 1),
-        "ttft_miss_ms": round(median("miss", "first_token_ms"), 1),
+        "ttft_miss_ms": round(miss, 1),
         "speedup": round(text / gist, 2),
+        "speedup_weighed": round(text / weighed, 2),
         "speedup_apart": round(text / apart, 2),
+        "judge_ms": round(median("weighed", "focus_ms"), 2),
         "match_ms": round(median("gist", "match_ms"), 2),
         "load_ms": round(median("gist", "fetch_ms"), 2),
         "compose_ms": round(median("gist", "compose_ms"), 2),

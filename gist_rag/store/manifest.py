@@ -2,8 +2,9 @@
 
 A gist exists once the manifest says so, in one transaction per batch, after the shards are on the
 disk. Tables: ``meta`` (format and generation), ``spaces``, ``shards`` (how many bytes count),
-``passages`` (texts, in the order they came), ``entries`` (space and content > place) and, since
-format 2, ``windows`` (how the passages of the entries begin, by which prompts are searched).
+``passages`` (texts, in the order they came), ``entries`` (space and content > place), since format
+2 ``windows`` (how the passages of the entries begin, by which prompts are searched), and perhaps
+``vectors`` (those of embedders, of passages).
 """
 
 from __future__ import annotations
@@ -46,6 +47,16 @@ CREATE TABLE IF NOT EXISTS windows (
 )
 """
 
+# An older gist-rag does not miss it, so that a store gets it from its next writer.
+_VECTORS = """
+CREATE TABLE IF NOT EXISTS vectors (
+    embedder TEXT NOT NULL,
+    content TEXT NOT NULL,
+    vector BLOB NOT NULL,
+    PRIMARY KEY (embedder, content)
+) WITHOUT ROWID
+"""
+
 # AUTOINCREMENT never gives a number again: a reader that still knows the place of a gist in a
 # shard since deleted can find nothing there, but never another gist.
 _SCHEMA = f"""
@@ -84,6 +95,7 @@ CREATE TABLE IF NOT EXISTS entries (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS entries_by_content ON entries (content);
 {_WINDOWS};
+{_VECTORS};
 INSERT OR IGNORE INTO meta VALUES ('format', {FORMAT}), ('generation', 0);
 COMMIT;
 """
@@ -181,6 +193,9 @@ class Manifest:
 
     def upgrade(self) -> None:
         """Bring an older store to this format, all or nothing."""
+        if not self._has_vectors():
+            with self._transaction():
+                self._connection.execute(_VECTORS)
         if self.format() >= FORMAT:
             return
         logger.info("bringing the store at %s to format %s", self.path.parent, FORMAT)
@@ -265,6 +280,25 @@ class Manifest:
                 raise _damaged(self.path, "its passages are out of order")
             last = rows[-1][0]
 
+    def vectors(self, embedder: str, contents: Collection[str]) -> dict[str, bytes]:
+        """Vectors of those of the contents that have one of an embedder."""
+        if not self._has_vectors():
+            return {}
+        query = (
+            "SELECT content, vector FROM vectors WHERE embedder = ? AND typeof(vector) = 'blob' "
+            "AND content IN (SELECT value FROM json_each(?))"
+        )
+        return dict(self._rows(query, (embedder, json.dumps([*contents]))))
+
+    def add_vectors(self, embedder: str, vectors: Mapping[str, bytes]) -> None:
+        """Note vectors of known passages by content; those of others are left out."""
+        with self._transaction():
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO vectors SELECT ?, content, ? FROM passages "
+                "WHERE content = ?",
+                [(embedder, vector, content) for content, vector in vectors.items()],
+            )
+
     def entries(self) -> list[GistKey]:
         """The keys of all entries."""
         return [GistKey(*row) for row in self._rows("SELECT space, content FROM entries")]
@@ -348,6 +382,11 @@ class Manifest:
                 "AND NOT EXISTS (SELECT 1 FROM entries WHERE entries.content = passages.content)",
                 (content,),
             )
+            self._connection.execute(
+                "DELETE FROM vectors WHERE content = ? AND content NOT IN "
+                "(SELECT content FROM passages)",
+                (content,),
+            )
         return deleted
 
     def move(self, moved: Sequence[tuple[GistKey, Place]], freed: Sequence[int]) -> None:
@@ -379,6 +418,9 @@ class Manifest:
                 f"a reader has kept {self.path}-wal in use for {_BUSY_S:.0f} s, so deleted text "
                 "may still stand there; compact again"
             )
+
+    def _has_vectors(self) -> bool:
+        return bool(self._rows("SELECT 1 FROM sqlite_master WHERE name = 'vectors'"))
 
     def _meta(self, name: str) -> int:
         rows = self._rows("SELECT value FROM meta WHERE name = ?", (name,))

