@@ -18,8 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from gist_rag.backbone import Backbone
 from gist_rag.compressors import make_compressor
 from gist_rag.engine import GistEngine
-from gist_rag.models import DEFAULT_RAG_MODEL, load_model
+from gist_rag.likeness import named_embedder
+from gist_rag.models import DEFAULT_EMBEDDER, DEFAULT_RAG_MODEL, load_model
 from gist_rag.reader import Reader, load_reader
+from gist_rag.retrieval import SentenceEmbedder
 from gist_rag.sample import sample_passages
 from gist_rag.types import Passage
 
@@ -156,6 +158,12 @@ def tiny_engine(make_engine: Callable[..., GistEngine], passages: list[Passage])
     engine = make_engine(settings={"ratio": 4})
     engine.precompute(passages[:8])
     return engine
+
+
+@pytest.fixture(scope="session")
+def minilm() -> SentenceEmbedder:
+    """The packaged embedder."""
+    return named_embedder(DEFAULT_EMBEDDER)
 
 
 @pytest.fixture(scope="session")

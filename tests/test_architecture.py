@@ -87,6 +87,18 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
     ),
     "gist_rag.mixture": (4, frozenset()),
     "gist_rag.focus": (7, frozenset({"gist_rag.backbone", "gist_rag.compose", "gist_rag.errors"})),
+    "gist_rag.likeness": (
+        6,
+        frozenset(
+            {
+                "gist_rag.models",
+                "gist_rag.prompt",
+                "gist_rag.retrieval",
+                "gist_rag.store",
+                "gist_rag.types",
+            }
+        ),
+    ),
     "gist_rag.lora": (6, frozenset({"gist_rag.backbone", "gist_rag.errors"})),
     "gist_rag.reader": (
         7,
@@ -154,6 +166,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.detokenize",
                 "gist_rag.errors",
                 "gist_rag.focus",
+                "gist_rag.likeness",
                 "gist_rag.matching",
                 "gist_rag.models",
                 "gist_rag.modes",
@@ -173,6 +186,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
             {
                 "gist_rag.engine",
                 "gist_rag.errors",
+                "gist_rag.likeness",
                 "gist_rag.models",
                 "gist_rag.prompt",
                 "gist_rag.retrieval",
@@ -192,6 +206,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
                 "gist_rag.errors",
                 "gist_rag.focus",
                 "gist_rag.jsonl",
+                "gist_rag.likeness",
                 "gist_rag.matching",
                 "gist_rag.mixture",
                 "gist_rag.models",

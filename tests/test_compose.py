@@ -284,3 +284,18 @@ def test_a_layer_that_keeps_nothing_is_read(backbone: Backbone) -> None:
     logits = read(backbone, [state], backbone.tokenize("What is WAL?"), prefix="Read this:")
     assert bool(logits.isfinite().all())
     assert read(backbone, [state], backbone.tokenize("What is WAL?")).isfinite().all()
+
+
+def test_a_weight_is_added_to_the_log_mass(backbone: Backbone, passages: list[Passage]) -> None:
+    """Of one passage, in float32, whatever its gists are in."""
+    states = make_compressor("attention_matching", backbone, {"ratio": 4}).compress(
+        [backbone.tokenize(p.text) for p in passages[:2]]
+    )
+    halved = [replace(s, bias=s.bias.bfloat16()) for s in states]
+    plain = compose([[Placed(s, 5) for s in halved]], backbone)
+    given = compose([[Placed(halved[0], 5), Placed(halved[1], 5, -0.123456)]], backbone)
+    assert plain is not None
+    assert given is not None
+    expected = plain.bias - 0.123456 * (plain.order == 1)
+    assert given.bias.dtype == torch.float32
+    assert torch.allclose(given.bias, expected, atol=1e-6)

