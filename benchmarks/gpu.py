@@ -54,8 +54,9 @@ def steps(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         trained = [f"{out}/{method}" for method in METHODS if (out / method).exists()]
         ratios = [f"attention_matching@{ratio}" for ratio in (8, 16, 32)]
         command = f"{CLI} evaluate --task {args.task} --passages {passages} --limit 200 {model}"
-        apart = [f"{arm}^3" for arm in ("reuse", *ratios)] if passages > 1 else []
-        arms = ",".join(("reuse", *ratios, *apart, "attention_matching@16+1", *trained))
+        several = [f"{arm}{how}" for how in ("*", "^3") for arm in ("reuse", *ratios)]
+        several = several if passages > 1 else []
+        arms = ",".join(("reuse", *ratios, *several, "attention_matching@16+1", *trained))
         yield (
             f"evaluate-{passages}",
             f"{command} {reader} --preset best --arms {arms} --out {out}/nq_p{passages}.json",

@@ -34,15 +34,17 @@ COLOURS = {
 
 MARKS = {
     "as text": "^",
+    "weighed": "-P",
     "that matter": "s",
     "read apart": "--D",
     "apart and": "-D",
     ", ": "--o",
 }
 HOW = {
-    ":": "that matter",
-    "~": "read apart",
-    "^": "apart and all together",
+    "*": "weighed",
+    ":": "{} that matter",
+    "~": "{} read apart",
+    "^": "{} apart and all together",
 }
 
 
@@ -66,7 +68,7 @@ def draw_quality(results: list[dict[str, Any]]) -> None:
                     parts = [name]
                     if name == result["meta"]["compressor"]:
                         parts += filter(None, [result["meta"]["settings"].get("preset")])
-                    parts += [f"{read.many} {HOW[read.how]}"] if read.how else []
+                    parts += [HOW[read.how].format(read.many)] if read.how else []
                     parts += [f"{read.expanded} as text"] if read.expanded else []
                     label = ", ".join(parts)
                     point = (ratio, scores["m_norm"])
@@ -101,7 +103,7 @@ def draw_ttft(result: dict[str, Any]) -> None:
     axis.plot(counts, [r["ttft_text_ms"] / 1e3 for r in rows], "-o", color="#7d7d7d", label="text")
     for field, speedup, label, style, above in (
         ("ttft_apart_ms", "speedup_apart", "gists, read apart", "--D", 6),
-        ("ttft_gist_ms", "speedup", "gists", "-o", -12),
+        ("ttft_weighed_ms", "speedup_weighed", "gists, weighed", "-o", -12),
     ):
         seconds = [row[field] / 1e3 for row in rows]
         axis.plot(counts, seconds, style, color="#0b6e4f", label=label, markersize=4)
@@ -157,16 +159,18 @@ def write_tables(quality: list[dict[str, Any]], ttft: list[dict[str, Any]]) -> N
             "",
             f"    {meta['command']}",
             "",
-            f"| passages | source tokens | text ms | gists ms | speed-up | {meta['apart']} apart ms | "
-            "speed-up | load ms | compose ms | read ms | no gists yet ms | bytes |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "| passages | source tokens | text ms | gists ms | speed-up | weighed ms | speed-up | "
+            f"{meta['apart']} apart ms | speed-up | load ms | compose ms | judge ms | read ms | "
+            "no gists yet ms | bytes |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for r in result["results"]:
             lines.append(
                 f"| {r['passages']} | {r['source_tokens']} | {r['ttft_text_ms']:.0f} | "
                 f"{r['ttft_gist_ms']:.0f} | {r['speedup']:.1f}x | "
+                f"{r['ttft_weighed_ms']:.0f} | {r['speedup_weighed']:.1f}x | "
                 f"{r['ttft_apart_ms']:.0f} | {r['speedup_apart']:.1f}x | {r['load_ms']:.1f} | "
-                f"{r['compose_ms']:.1f} | {r['read_ms']:.0f} | {r['ttft_miss_ms']:.0f} | "
+                f"{r['compose_ms']:.1f} | {r['judge_ms']:.1f} | {r['read_ms']:.0f} | {r['ttft_miss_ms']:.0f} | "
                 f"{r['bytes']:,} |"
             )
         lines.append("")
@@ -317,7 +321,7 @@ if __name__ == "__main__":
         drawn = [
             r
             for r in quality_results
-            if re.fullmatch(r"(rag|trained)_p[15](_both|_expand)?.json", r["file"])
+            if re.fullmatch(r"(rag|trained)_p[15](_both|_expand|_weighed)?.json", r["file"])
         ]
         draw_quality(sorted(drawn, key=lambda r: -r["arms"]["full"]["n"]))
     if ttft_results:

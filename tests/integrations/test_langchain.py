@@ -402,10 +402,12 @@ def test_cached_answers_are_kept_apart_by_gist_mode_and_engine(
     cache = InMemoryCache()
     auto = ChatGist(engine=llm.engine, cache=cache, max_tokens=4)
     off = ChatGist(engine=llm.engine, cache=cache, max_tokens=4, gist_mode="off")
-    others = [ChatGist(engine=e, cache=cache, max_tokens=4) for e in (other, doubting, apart, judged)]
+    others = [
+        ChatGist(engine=e, cache=cache, max_tokens=4) for e in (other, doubting, apart, judged)
+    ]
     for model in (auto, auto, off, *others):
         model.invoke(both)
-    assert len(cache._cache) == 5
+    assert len(cache._cache) == 6
     assert len(prompts.gists) == 2  # the second answer came from the cache
 
 
