@@ -368,11 +368,12 @@ class Backbone:
     def angles(self, count: int) -> tuple[Tensor, Tensor]:
         """The same, ``(n, D / 2)`` of all positions below ``count`` or more, kept in memory: both
         halves of a head turn alike."""
-        if len(self._angles[0]) < count:
+        known = self._angles
+        if len(known[0]) < count:
             every = torch.arange(max(1024, 1 << (count - 1).bit_length()))
             cos, sin = (x[:, : self.head_dim // 2].contiguous() for x in self.rotary(every))
-            self._angles = cos, sin
-        return self._angles
+            known = self._angles = cos, sin
+        return known  # not what another thread may have put there
 
     def prefix(self, input_ids: Tensor) -> Prefix:
         """Exact KV of leading text ``(P,)``; an empty text gives an empty prefix."""

@@ -150,9 +150,9 @@ def ask(
         str,
         typer.Option(
             help="Who weighs passages: index (its embedder), likelihood (the model), the name of "
-            "an embedder, or none."
+            "an embedder, or none. auto: index, but none with --focus or --apart."
         ),
-    ] = "index",
+    ] = "auto",
     focus: Annotated[
         int | None, typer.Option(min=1, help="Read only so many passages: those that matter most.")
     ] = None,
@@ -161,7 +161,8 @@ def ask(
         typer.Option(min=1, help="So many, each read by itself, answer with all together."),
     ] = None,
     expand: Annotated[
-        float | None, typer.Option(help="Doubt (nats) from which on a passage is read as text.")
+        float | None,
+        typer.Option(min=0, help="Doubt (nats) from which on a passage is read as text."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -180,11 +180,12 @@ class _Joined:
         room = lengths.index_copy(0, last, ends - begins - before[last])
 
         bank = _bank(states)
+        bias = [s.bias.float() + p.log_weight for s, p in zip(states, placed, strict=True)]
         offsets = torch.cat([state.offsets for state in states])
         starts = [0 if bank is not None else p.start for p in placed]
         return cls(
             kv=_join(states, backbone.dtype),
-            bias=torch.cat([p.state.bias.to(device).float() + p.log_weight for p in placed]),
+            bias=torch.cat(bias),
             # a bank has no order, so no places either
             offsets=offsets if bank is None else torch.zeros_like(offsets),
             starts=torch.tensor(starts, device=device),

@@ -14,8 +14,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -135,8 +135,9 @@ class GistEngine:
         reader: who answers, where that is not the plain backbone; gists do not depend on it.
         judge: who says which of its passages a prompt is about: an embedder, by how like the
             question they are, or ``"likelihood"``, the model itself, by how likely each makes the
-            question. Passages that are read together then have weights of their own. Default: they
-            are all alike, and where ``focus`` or ``expand`` ask for a judge it is the likelihood.
+            question. Passages that are read together then have weights of their own (not those that
+            are read beside others apart). Default: they are all alike, and where ``focus`` or
+            ``expand`` ask for a judge it is the likelihood.
         focus: how many of its passages a prompt reads; default: all.
         expand: when passages are read as text after all; default: never.
         batch_window_ms: how long ``generate`` waits for other threads that ask too, to answer all
@@ -205,7 +206,7 @@ class GistEngine:
         namespace: str = "",
         positions: Positions = DEFAULT_POSITIONS,
         reader: Path | str | None = None,
-        judge: Judge | str | None = None,
+        judge: Judge | Path | str | None = None,
         focus: Focus | int | None = None,
         apart: int | None = None,
         expand: Expand | float | None = None,
@@ -306,7 +307,7 @@ class GistEngine:
         unique = list({p.content: p for p in passages}.values())
         batch_tokens = batch_tokens or (1024 if self.backbone.device.type == "cpu" else 16384)
         done = 0
-        with self._writing, self._released():
+        with self._writing, self.store.released():
             self.store.add_space(self.space, self.describe())
             for batch in self._batches(unique, batch_tokens):
                 absent = {p.content for p, _ in batch}
@@ -314,6 +315,7 @@ class GistEngine:
                     absent = set(self.store.missing(self.space, absent))
                 todo = [(p, ids) for p, ids in batch if p.content in absent]
                 if todo:
+                    self.store.acquire()  # before anything is compressed in vain
                     packed = self._compress([ids for _, ids in todo])
                     items = [(p, state) for (p, _), state in zip(todo, packed, strict=True)]
                     written += self.store.put_many(self.space, items, replace=rewrite)
@@ -350,14 +352,6 @@ class GistEngine:
         unique = {p.content: p for p in passages}
         absent = set(self.store.missing(self.space, set(unique)))
         return [p for content, p in unique.items() if content in absent]
-
-    @contextmanager
-    def _released(self) -> Iterator[None]:
-        """Let go of the store's writer lock afterwards, so that others can write."""
-        try:
-            yield
-        finally:
-            self.store.release()
 
     def _batches(
         self, passages: Sequence[Passage], batch_tokens: int
@@ -515,7 +509,10 @@ class GistEngine:
         if isinstance(prompt, str):
             return split_text(prompt, find(prompt))
         if isinstance(prompt[0], Text | Known):
-            return list(prompt)  # type: ignore[arg-type]
+            given = merge(replace(segment) for segment in prompt)  # type: ignore[misc, type-var]
+            if not given:
+                raise BadInput("the prompt is empty")
+            return given
         messages: list[Message] = list(prompt)  # type: ignore[arg-type]
         if tools and not self.backbone.shows_tools:
             messages = with_instruction(messages, self.tool_format.offer(tools))

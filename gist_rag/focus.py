@@ -73,7 +73,7 @@ class Focus:
     def chosen(self, likelihoods: Tensor) -> list[int]:
         """Places of the passages to be read, of ``likelihoods`` ``(P,)``, in prompt order."""
         near = likelihoods >= likelihoods.max() - self.margin
-        return sorted(place for place in _best(likelihoods, self.passages) if near[place])
+        return sorted(place for place in best(likelihoods, self.passages) if near[place])
 
     def candidates(self, count: int) -> list[list[int]]:
         """Readings of ``count`` passages from which ``readings`` chooses, as their places."""
@@ -134,6 +134,10 @@ class Expand:
     doubt: float
     passages: int = 1
 
+    def __post_init__(self) -> None:
+        if self.passages < 1 or not self.doubt >= 0:
+            raise BadInput(f"{self}: passages must be 1 or more, and doubt 0 or more")
+
     def doubtful(self, opened: Opened) -> list[bool]:
         """Which of the prompts are to be read again."""
         doubtful: list[bool] = (opened.entropy >= self.doubt).tolist()
@@ -141,10 +145,10 @@ class Expand:
 
     def chosen(self, likelihoods: Tensor) -> list[int]:
         """Places of the passages to be read as text, of ``likelihoods`` ``(P,)``."""
-        return _best(likelihoods, self.passages)
+        return best(likelihoods, self.passages)
 
 
-def _best(likelihoods: Tensor, count: int) -> list[int]:
+def best(likelihoods: Tensor, count: int) -> list[int]:
     """Places of the likeliest, the best first."""
     places: list[int] = likelihoods.topk(min(count, len(likelihoods))).indices.tolist()
     return places

@@ -7,6 +7,8 @@ A prompt is one row of the batch that the model reads, or several where passages
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,22 +20,32 @@ from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
 from gist_rag.compose import Placed, Positions, arrange, compose, weighed
+from gist_rag.errors import ContextOverflow
 from gist_rag.focus import APART, Expand, Focus, log_likelihoods, log_weights
 from gist_rag.layout import Slots
 from gist_rag.mixture import Mixture
-from gist_rag.prompt import Known, Segment, Text, as_text, num_known, with_only, without_gaps
+from gist_rag.prompt import (
+    Known,
+    Segment,
+    Text,
+    as_text,
+    num_known,
+    question_of,
+    with_only,
+    without_gaps,
+)
 from gist_rag.reader import Reader
 from gist_rag.types import GistState, Sampling
 
+logger = logging.getLogger(__name__)
+
 PREFIXES = 32
 """Leading texts whose exact KV is kept in memory."""
-QUESTION_WORDS, QUESTION_CHARS = 4, 1000
-"""A question behind the passages has so many words or more; so many characters of it are judged."""
 
 States = Mapping[str, GistState]
 """Gists by the content key of their passage."""
 
-Judge = Callable[[str, Sequence[Known]], Tensor]
+Judging = Callable[[str, Sequence[Known]], Tensor]
 """How much each passage has to do with a question, ``(P,)`` in nats."""
 
 
@@ -112,7 +124,7 @@ class Opener:
         expand: Expand | None = None,
         *,
         weigh: bool = False,
-        judge: Judge | None = None,
+        judge: Judging | None = None,
     ) -> None:
         self.backbone = backbone
         self.positions = positions
@@ -145,7 +157,10 @@ class Opener:
         chosen, opening = self._open(chosen, states, sampling, lap)
         if doubtful := self._doubtful(opening):
             chosen = self._expanded(chosen, doubtful, states)
-            _, opening = self._open(chosen, states, sampling, lap)
+            try:
+                _, opening = self._open(chosen, states, sampling, lap)
+            except ContextOverflow as error:  # as text a passage may take more positions
+                logger.info("answers stay in doubt, read from gists: %s", error)
         return opening
 
     def plan(
@@ -188,7 +203,8 @@ class Opener:
         the rows that answer are among those that are judged.
         """
         chosen, focus = [_Chosen(prompt) for prompt in prompts], self.focus
-        least = 1 if focus is None or self.weigh or focus.apart else focus.passages
+        any_of_two = focus is None or self.weigh or focus.apart or focus.margin < math.inf
+        least = 1 if any_of_two else focus.passages  # type: ignore[union-attr]
         many = [i for i, prompt in enumerate(prompts) if num_known(prompt) > least]
         if focus is not None and focus.apart and self.judge is None:
             for i in many:
@@ -307,7 +323,8 @@ class Opener:
         """Per prompt, how much each passage has to do with it, ``(P,)`` in nats: how likely it
         alone makes what follows all passages, if nobody else judges."""
         if self.judge is not None:
-            return [self.judge(self._question(prompt), _known(prompt)) for prompt in prompts]
+            plain = self.backbone.plain
+            return [self.judge(question_of(prompt, plain), _known(prompt)) for prompt in prompts]
         sizes = [num_known(prompt) for prompt in prompts]
         if not sum(sizes):
             return []
@@ -324,14 +341,6 @@ class Opener:
             [plan.end for plan in alone],
         )
         return list(found.split(sizes))
-
-    def _question(self, prompt: Sequence[Segment]) -> str:
-        """What a prompt asks: the text behind its passages, or all its text where that is short."""
-        texts = [s.text for s in prompt if isinstance(s, Text)]
-        asked = self.backbone.plain(texts[-1])
-        if len(asked.split()) < QUESTION_WORDS:
-            asked = self.backbone.plain("".join(texts))
-        return asked[-QUESTION_CHARS:]
 
     def _compose(self, plans: Sequence[Plan]) -> Slots | None:
         return compose([plan.placed for plan in plans], self.backbone)

@@ -161,6 +161,23 @@ def without_gaps(segments: Segments) -> list[Segment]:
     return kept
 
 
+QUESTION_WORDS, QUESTION_CHARS = 4, 1000
+"""A question behind the passages has so many words or more; so many characters are judged."""
+
+
+def question_of(segments: Segments, plain: Callable[[str], str]) -> str:
+    """What a prompt asks: the text behind its passages, or all its text where that is short.
+
+    Args:
+        plain: a piece of a prompt without the tokens of a chat template.
+    """
+    texts = [s.text for s in segments if isinstance(s, Text)]
+    asked = plain(texts[-1])
+    if len(asked.split()) < QUESTION_WORDS:
+        asked = plain("".join(texts))
+    return asked[-QUESTION_CHARS:]
+
+
 RAG_DOCUMENTS = (
     "Answer the question with a short phrase from the documents.\n\nDocuments:\n\n{passages}\n\n"
 )

@@ -5,11 +5,12 @@ question > embed > FAISS row > content key > passage > prompt > engine
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from gist_rag.retrieval import Embedder, VectorIndex
 from gist_rag.store import GistStore
 from gist_rag.types import Answer, Passage, Sampling
 
-INDEX: Literal["index"] = "index"
+INDEX = "index"
 """The judge that is the embedder of the index."""
 EMBED_BATCH = 256
 """Passages that are embedded at a time."""
@@ -45,7 +46,8 @@ class GistRAG:
     Args:
         engine: compresses passages and answers.
         index: rows of the engine's passages; default the one beside its gists, or an empty one.
-        embedder: default the engine's judge where that is one, else the packaged MiniLM.
+        embedder: default the one that a saved index was made with, else the engine's judge where
+            that is one, else the packaged MiniLM.
     """
 
     def __init__(
@@ -55,9 +57,8 @@ class GistRAG:
         embedder: Embedder | None = None,
     ) -> None:
         self.engine = engine
-        judge = None if engine.judge == LIKELIHOOD else engine.judge
-        self.embedder: Embedder = embedder or judge or named_embedder(DEFAULT_EMBEDDER)
         folder = index_folder(engine.store, engine.space)
+        self.embedder: Embedder = embedder or _own_embedder(engine, folder)
         self.index = _saved_index(folder, self.embedder.name) if index is None else index
         if self.index.embedder != self.embedder.name:
             raise _embedder_mismatch(self.index, self.embedder)
@@ -72,7 +73,7 @@ class GistRAG:
         compressor: str | Path | None = None,
         embedder: Embedder | None = None,
         reader: str | Path | None = None,
-        judge: Judge | str | None = INDEX,
+        judge: Judge | str | None = "auto",
         focus: int | None = None,
         apart: int | None = None,
         expand: float | None = None,
@@ -87,8 +88,9 @@ class GistRAG:
             model: where the model is to be found now, if not under its old name.
             compressor: where the folder of a trained compressor is to be found now.
             embedder: default the one the index was made with.
-            judge: see ``GistEngine``; default the embedder of the index, which weighs passages for
-                next to nothing, unless ``focus`` or ``apart`` is given.
+            judge: see ``GistEngine``; ``"index"`` is the embedder of the index, which weighs
+                passages for next to nothing. Default: that one, unless ``focus`` or ``apart`` is
+                given.
             reader, focus, apart, expand: see ``GistEngine.from_pretrained``.
             dtype, device: see ``models.load_model``.
 
@@ -104,11 +106,11 @@ class GistRAG:
             index = VectorIndex.load(index_folder(opened, space))
             embedder = embedder or named_embedder(index.embedder)
             check_index(index, opened, space)
-            if judge == INDEX:
-                judge = embedder if focus is None and apart is None else None
+            if judge == "auto":
+                judge = INDEX if focus is None and apart is None else None
             options = {
                 "reader": reader,
-                "judge": judge,
+                "judge": embedder if judge == INDEX else judge,
                 "focus": focus,
                 "apart": apart,
                 "expand": expand,
@@ -143,12 +145,11 @@ class GistRAG:
         done = self.engine.precompute(passages, progress=progress)
         store, space = self.engine.store, self.engine.space
         self.index.remove(set(self.index.contents).difference(store.contents(space)))
-        known = set(self.index.contents)
-        missing = [p for p in store.passages(space) if p.content not in known]
-        likeness = Likeness(self.embedder, store)
-        for first in range(0, len(missing), EMBED_BATCH):
-            vectors = likeness.learn(missing[first : first + EMBED_BATCH])
-            self.index.add([*vectors], np.stack([*vectors.values()]))
+        stored, likeness = store.passages(space), Likeness(self.embedder, store)
+        with store.released():
+            while batch := [*itertools.islice(stored, EMBED_BATCH)]:
+                vectors = likeness.learn(batch)
+                self.index.add([*vectors], np.stack([*vectors.values()]))
         self._save()
         check_index(self.index, store, space)
         return done
@@ -221,7 +222,8 @@ class GistRAG:
 
     def delete(self, content: str) -> bool:
         """Forget a passage, gist and row; whether there was one."""
-        deleted = self.engine.store.delete(content, self.engine.space)
+        with self.engine.store.released():
+            deleted = self.engine.store.delete(content, self.engine.space)
         removed = self.index.remove([content])
         if removed:
             self._save()
@@ -258,6 +260,16 @@ def check_index(index: VectorIndex, store: GistStore, space: str) -> None:
             f"of {len(gists)} gists have no index row in {store.path}; run gist-rag precompute "
             "again, or wait if it is running now"
         )
+
+
+def _own_embedder(engine: GistEngine, folder: Path) -> Embedder:
+    """The embedder of an engine's index, where nobody says which."""
+    judge = None if engine.judge == LIKELIHOOD else engine.judge
+    try:
+        name = VectorIndex.load(folder).embedder
+    except (IndexMismatch, CorruptEntry):
+        return judge or named_embedder(DEFAULT_EMBEDDER)
+    return judge if judge is not None and judge.name == name else named_embedder(name)
 
 
 def _saved_index(folder: Path, embedder: str) -> VectorIndex:

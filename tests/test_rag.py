@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -142,6 +143,25 @@ def test_build_again_writes_nothing_and_embeds_nothing(
     again = GistRAG(rag.engine, embedder=(embedder := WordEmbedder()))
     done = again.build(passages[:8])
     assert (done.written, done.skipped, len(again.index), embedder.embedded) == (0, 8, 8, 0)
+
+
+def test_build_and_delete_let_others_write(rag: GistRAG, passages: list[Passage]) -> None:
+    with GistStore.open(rag.engine.store.path) as other:
+        other.acquire()
+        other.release()
+        rag.delete(passages[0].content)
+        other.acquire()
+
+
+def test_build_gives_vectors_to_passages_that_were_indexed_before_there_were_any(
+    rag: GistRAG, passages: list[Passage]
+) -> None:
+    store, contents = rag.engine.store, [p.content for p in passages[:8]]
+    with sqlite3.connect(store.path / "manifest.sqlite") as connection:
+        connection.execute("DELETE FROM vectors")
+    connection.close()
+    rag.build(passages[:8])
+    assert store.vectors(rag.embedder.name, contents).keys() == {*contents}
 
 
 def test_deleting_removes_gist_and_row_for_good(rag: GistRAG, passages: list[Passage]) -> None:

@@ -34,14 +34,14 @@ from gist_rag.evaluate import metrics
 from gist_rag.evaluate.environment import environment
 from gist_rag.evaluate.probes import make_probe
 from gist_rag.evaluate.tasks import Example, Task, load_task
-from gist_rag.focus import APART, TOGETHER, Expand, Focus, log_likelihoods, log_weights
+from gist_rag.focus import APART, TOGETHER, Focus, best, log_likelihoods, log_weights
 from gist_rag.likeness import LIKELIHOOD, Likeness, named_embedder
 from gist_rag.mixture import Mixture
 from gist_rag.models import DEFAULT_RAG_MODEL
-from gist_rag.prompt import Known, rag_messages, rag_pieces
+from gist_rag.prompt import Known, question_of, rag_messages, rag_pieces, rag_segments
 from gist_rag.reader import Reader, load_backbone
 from gist_rag.store import pack, unpack
-from gist_rag.types import GistState, content_key
+from gist_rag.types import GistState, Passage
 
 TEXT_ARMS = ("closed", "full", "truncated")
 UNTRAINED = {*TEXT_ARMS, "reuse", *COMPRESSORS}
@@ -219,6 +219,8 @@ class Arm:
                 f"arm {text!r} is not name or name@ratio, perhaps with :n, ~n, ^n or * behind it, "
                 "and then with +n"
             ) from error
+        if many == "0":
+            raise BadInput(f"arm {text!r} reads 0 passages; give 1 or more")
         arm = cls(name, chosen, how or weigh, int(many or 0), int(expanded or 0))
         if arm.chooses and name in TEXT_ARMS:
             raise BadInput(f"arm {text!r}: {name} reads no gists to choose from")
@@ -275,11 +277,8 @@ class _Arms:
         ids = [self.backbone.tokenize(text) for text in example.passages]
         source = sum(len(i) for i in ids)
         states = self._states(ids)
-        likelihoods = {
-            arm.gists: self._likelihoods(example, states[arm.gists])
-            for arm in self.arms.values()
-            if arm.chooses
-        }
+        judged = {arm.gists for arm in self.arms.values() if arm.chooses}
+        likelihoods = {gists: self._likelihoods(example, states[gists]) for gists in judged}
         out = {}
         for text, arm in self.arms.items():
             if arm.name not in TEXT_ARMS:
@@ -330,7 +329,7 @@ class _Arms:
     ) -> list[_Reading]:
         """All passages as gists, or what the arm chooses of them."""
         everything = list(range(len(states)))
-        as_text = [] if likelihoods is None else Expand(0.0, arm.expanded).chosen(likelihoods)
+        as_text = [] if likelihoods is None else best(likelihoods, arm.expanded)
         if likelihoods is None or arm.focus is None:
             row = self._reading(example, states, everything, source, as_text)
             if likelihoods is not None and arm.weighs:
@@ -364,10 +363,10 @@ class _Arms:
     def _likelihoods(self, example: Example, states: Sequence[GistState]) -> Tensor:
         """How much each passage has to do with the question, in nats."""
         if self._likeness is not None:
-            known = [Known(content_key(text), text) for text in example.passages]
-            nothing = [None] * len(known)
-            _, pieces = rag_pieces(example.question, nothing, self.backbone.render)
-            return self._likeness(self.backbone.plain(pieces[-1] or ""), known)
+            passages = [*map(Passage, example.passages)]
+            prompt = rag_segments(example.question, passages, self.backbone.render)
+            known = [segment for segment in prompt if isinstance(segment, Known)]
+            return self._likeness(question_of(prompt, self.backbone.plain), known)
         alone = [self._reading(example, states, [place], 0) for place in range(len(states))]
         return log_likelihoods(
             self.backbone,
@@ -391,9 +390,12 @@ class _Arms:
         if not states:
             return self._plain(example.question, example.passages, slots, source)
         before, pieces = rag_pieces(example.question, given, self.backbone.render)
-        if before not in self._prefixes:
-            self._prefixes[before] = self.backbone.prefix(self.backbone.tokenize(before))
-        prefix, rest = self._prefixes[before], iter(states.values())
+        prefix = self._prefixes.get(before)
+        if prefix is None:
+            prefix = self.backbone.prefix(self.backbone.tokenize(before))
+            if given[0] is None:  # else there is a passage in it, and it will not come again
+                self._prefixes[before] = prefix
+        rest = iter(states.values())
         following = [next(rest) if p is None else self.backbone.tokenize(p) for p in pieces]
         placed, text = arrange(following, len(prefix), positions or self.config.positions)
         return _Reading(prefix, placed, text, slots, source)

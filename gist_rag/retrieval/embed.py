@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, Protocol, TypeAlias
 
@@ -45,19 +45,32 @@ class SentenceEmbedder:
             raise MissingExtra("sentence-transformers", "faiss")
         self.source = source
         self.name = name or source
+        self._model: Any = None
+        self._lock = threading.Lock()  # of loading, and of its tokenizer
 
     def __call__(self, texts: Sequence[str]) -> Vectors:
-        vectors = self._model.encode(
-            list(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
-        )
+        self.load()
+        with self._lock:
+            vectors = self._model.encode(
+                list(texts),
+                normalize_embeddings=True,
+                convert_to_numpy=True,
+                show_progress_bar=False,
+            )
         return np.asarray(vectors, dtype=np.float32)
 
-    @cached_property
-    def _model(self) -> Any:
+    def load(self) -> None:
+        """Load the model, unless it is there.
+
+        Raises:
+            ModelNotFound: there is none.
+        """
         from sentence_transformers import SentenceTransformer
 
         try:
-            return SentenceTransformer(self.source)
+            with self._lock:
+                if self._model is None:
+                    self._model = SentenceTransformer(self.source)
         except (OSError, ValueError) as error:
             raise ModelNotFound(
                 f"{self.source!r} is neither a local folder nor a reachable sentence-transformers "

@@ -50,11 +50,11 @@ CREATE TABLE IF NOT EXISTS windows (
 # An older gist-rag does not miss it, so that a store gets it from its next writer.
 _VECTORS = """
 CREATE TABLE IF NOT EXISTS vectors (
-    embedder TEXT NOT NULL,
     content TEXT NOT NULL,
+    embedder TEXT NOT NULL,
     vector BLOB NOT NULL,
-    PRIMARY KEY (embedder, content)
-) WITHOUT ROWID
+    PRIMARY KEY (content, embedder)
+)
 """
 
 # AUTOINCREMENT never gives a number again: a reader that still knows the place of a gist in a
@@ -193,13 +193,14 @@ class Manifest:
 
     def upgrade(self) -> None:
         """Bring an older store to this format, all or nothing."""
-        if not self._has_vectors():
-            with self._transaction():
-                self._connection.execute(_VECTORS)
-        if self.format() >= FORMAT:
+        old = self.format() < FORMAT
+        if not old and self._has_vectors():
             return
-        logger.info("bringing the store at %s to format %s", self.path.parent, FORMAT)
         with self._transaction():
+            self._connection.execute(_VECTORS)
+            if not old:
+                return
+            logger.info("bringing the store at %s to format %s", self.path.parent, FORMAT)
             self._connection.execute(_WINDOWS)
             rows = self._connection.execute(
                 "SELECT space, text FROM entries JOIN passages USING (content)"
@@ -294,7 +295,7 @@ class Manifest:
         """Note vectors of known passages by content; those of others are left out."""
         with self._transaction():
             self._connection.executemany(
-                "INSERT OR REPLACE INTO vectors SELECT ?, content, ? FROM passages "
+                "INSERT OR REPLACE INTO vectors SELECT content, ?, ? FROM passages "
                 "WHERE content = ?",
                 [(embedder, vector, content) for content, vector in vectors.items()],
             )

@@ -371,6 +371,23 @@ class GistStore:
                 self._shards.recover(manifest.shards())
             manifest.vacuum()
 
+    def acquire(self) -> None:
+        """Keep others from writing until ``release``, as any write does.
+
+        Raises:
+            StoreLocked, StoreWriteError: it cannot be written.
+        """
+        with self._writing():
+            pass
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Let others write afterwards."""
+        try:
+            yield
+        finally:
+            self.release()
+
     def release(self) -> None:
         """Let others write; the next write takes the lock again."""
         with self._writer_lock:
@@ -385,8 +402,7 @@ class GistStore:
             return False
         writes = self._writer is not None
         try:
-            with self._writing():
-                pass
+            self.acquire()
         except (StoreLocked, StoreWriteError) as error:
             logger.info("%s stays in its older format for now: %s", self.path, error)
             return False

