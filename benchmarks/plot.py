@@ -123,10 +123,15 @@ def write_tables(quality: list[dict[str, Any]], ttft: list[dict[str, Any]]) -> N
     lines = [
         "# Results",
         "",
-        "Made by `python benchmarks/plot.py` from `benchmarks/*/results`.",
+        "Made by `python benchmarks/plot.py` from `benchmarks/*/results`. `M_norm` is what the README "
+        "calls kept: 0 as without passages (`closed`), 1 as from their text (`full`), by NLL of the "
+        "gold answer (lower is better); `by choice` is the same by choice; `slots` are those of a head, "
+        "all passages together. What `@8`, `*`, `^3` and `+1` mean stands in "
+        "[evaluation](evaluation.md#arms). The figures of the README are those of `rag_p1`, "
+        "`rag_p5_weighed`, `rag_p10_weighed` and `ttft_cpu` first of all.",
         "",
     ]
-    for result in quality:
+    for result in sorted(quality, key=lambda result: not result["file"].startswith("rag_")):
         meta = result["meta"]
         lines += [
             f"## {meta['task']}, {meta['passages']} passage(s), {result['file']}",

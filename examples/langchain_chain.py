@@ -14,7 +14,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 from langchain_huggingface import HuggingFaceEmbeddings
 
-from gist_rag.models import DEFAULT_RAG_MODEL, embedder_folder
+from gist_rag.models import DEFAULT_EMBEDDER, DEFAULT_RAG_MODEL, embedder_folder
 from gist_rag.retrieval import read_corpus
 from langchain_gist_rag import ChatGist
 
@@ -34,7 +34,7 @@ def main(model: str, limit: int) -> None:
     vectors = FAISS.from_documents(documents, HuggingFaceEmbeddings(model_name=embedder_folder()))
     retriever = vectors.as_retriever(search_kwargs={"k": 3})
 
-    llm = ChatGist(model=model, ratio=4, max_tokens=32)
+    llm = ChatGist(model=model, ratio=4, judge=DEFAULT_EMBEDDER, max_tokens=32)
     print(llm.precompress(documents, show_progress=True))
 
     context = retriever | (lambda found: "\n\n".join(d.page_content for d in found))

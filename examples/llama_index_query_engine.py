@@ -16,7 +16,7 @@ from llama_index.core.schema import TextNode
 from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 from llama_index.vector_stores.faiss import FaissVectorStore
 
-from gist_rag.models import DEFAULT_RAG_MODEL, embedder_folder
+from gist_rag.models import DEFAULT_EMBEDDER, DEFAULT_RAG_MODEL, embedder_folder
 from gist_rag.retrieval import read_corpus
 from llama_index.llms.gist_rag import GistLLM
 
@@ -41,7 +41,7 @@ def main(model: str, limit: int) -> None:
     storage = StorageContext.from_defaults(vector_store=vectors)
     index = VectorStoreIndex(nodes, storage_context=storage, embed_model=embedding)
 
-    llm = GistLLM(model_name=model, ratio=4, max_new_tokens=32)
+    llm = GistLLM(model_name=model, ratio=4, judge=DEFAULT_EMBEDDER, max_new_tokens=32)
     print(llm.precompress(nodes, show_progress=True))
 
     print(f"\n{QUESTION}")
