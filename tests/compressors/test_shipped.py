@@ -20,6 +20,10 @@ from gist_rag.sample import sample_passages
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 
 
+KEEP_TOKENS = ("trim_kv-4x",)
+"""Those that choose tokens: what they keep of a passage suffices to repeat it."""
+
+
 @pytest.fixture(params=shipped())
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -29,6 +33,7 @@ def test_there_are_some() -> None:
     assert shipped()
 
 
+@pytest.mark.parametrize("name", KEEP_TOKENS)
 @torch.no_grad()
 def test_it_is_far_better_than_controls(name: str, embedded_backbone: Backbone) -> None:
     """On passages that it has not learnt from: how well the model repeats them."""
@@ -47,6 +52,7 @@ def test_it_is_far_better_than_controls(name: str, embedded_backbone: Backbone) 
     assert errors[trained.name] < 0.8 * errors[control.name]
 
 
+@pytest.mark.parametrize("name", KEEP_TOKENS)
 @torch.no_grad()
 def test_heads_get_more_of_a_passage_than_from_controls(
     name: str, embedded_backbone: Backbone
@@ -82,6 +88,18 @@ def test_gates_keep_what_a_repetition_looks_at(embedded_backbone: Backbone) -> N
     ]
     for wanted, ours in zip(*kept, strict=True):
         assert len(wanted & ours) > 0.7 * len(wanted)
+
+
+@torch.no_grad()
+def test_gists_ship_with_what_they_have_learnt(name: str, embedded_backbone: Backbone) -> None:
+    """They are not those of the same method untrained."""
+    ids = [embedded_backbone.tokenize(sample_passages()[0].text)]
+    trained = make_compressor(name, embedded_backbone)
+    settings = trained.config.model_dump(mode="json")
+    untrained = make_compressor(trained.name, embedded_backbone, settings)
+    one, other = (method.compress(ids)[0] for method in (trained, untrained))
+    same = one.num_slots == other.num_slots and torch.equal(one.offsets, other.offsets)
+    assert not same or float((one.keys - other.keys).norm() / other.keys.norm()) > 0.01
 
 
 def test_another_ratio_is_another_space(name: str, embedded_backbone: Backbone) -> None:
