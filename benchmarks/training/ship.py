@@ -3,8 +3,8 @@
     python benchmarks/training/ship.py runs/trim_kv trim_kv-4x
     python benchmarks/training/ship.py runs/unigist unigist-4x --rank 4
 
-With a rank, each update of the LoRA becomes the nearest one of that rank, which halves a file of twice
-the rank; what that costs is for ``gist-rag evaluate`` to say.
+With a rank, each update of the LoRA becomes the nearest one of that rank, for a smaller file; what
+that costs is for ``gist-rag evaluate`` to say.
 """
 
 from __future__ import annotations
