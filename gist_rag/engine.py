@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import tempfile
 import threading
 import time
@@ -460,7 +461,7 @@ class GistEngine:
         if len(alive) < len(requests):
             unread = Stats(total_ms=clock.times_in_all()["total_ms"])
             left = [i for i in range(len(requests)) if i not in alive]
-            yield [(i, Chunk(*rows[i].finish(unread, ()))) for i in left]
+            yield [(i, Chunk(*rows[i].finish(unread))) for i in left]
         if not alive:
             return
         segments, sampling = [segments[i] for i in alive], [requests[i].sampling for i in alive]
@@ -485,7 +486,8 @@ class GistEngine:
                     plan = opening.plans[row]
                     stats = fetched.stats(i, plan, clock.times_in_all(), opening.opened.kernels)
                     passages = [self._passage(known) for known in plan.known]
-                    pieces.append((i, Chunk(*rows[i].finish(stats, passages))))
+                    weights = [math.exp(placed.log_weight) for placed in plan.placed]
+                    pieces.append((i, Chunk(*rows[i].finish(stats, passages, weights))))
                 stopped = set(range(len(alive))) - going.keys()
                 yield pieces
 
@@ -739,7 +741,9 @@ class _Row:
         self.ended = self._stream.stopped
         return piece
 
-    def finish(self, stats: Stats, passages: Sequence[Passage]) -> tuple[str, Answer]:
+    def finish(
+        self, stats: Stats, passages: Sequence[Passage] = (), weights: Sequence[float] = ()
+    ) -> tuple[str, Answer]:
         rest = self._stream.finish()
         if self.ended or self._stream.stopped:
             reason = "stop"
@@ -747,7 +751,7 @@ class _Row:
             reason = "length"
         else:
             reason = "cancelled"
-        return rest, Answer(self._stream.text, passages, reason, self._count, stats)
+        return rest, Answer(self._stream.text, passages, reason, self._count, stats, weights)
 
 
 class _Clock:

@@ -334,7 +334,9 @@ class Answer:
     """A generated text and how it came about.
 
     ``finish_reason`` is ``"stop"`` (end token or stop string), ``"length"`` or ``"cancelled"``.
-    ``passages`` are those read as gists, in prompt order.
+    ``passages`` are those read as gists, in prompt order, and ``weights`` how much of its attention
+    the prompt gave each beside the others, as a factor: 1 for the one that matters most, and for
+    all where nobody judges.
     """
 
     text: str
@@ -342,6 +344,7 @@ class Answer:
     finish_reason: str
     num_tokens: int
     stats: Stats
+    weights: Sequence[float] = ()
 
     def report(self) -> dict[str, object]:
         """What was read as gists and what that saved, for response metadata."""
@@ -351,6 +354,7 @@ class Answer:
             "expanded": self.stats.expanded,
             "left_out": self.stats.left_out,
             "passages": [passage.id or passage.content for passage in self.passages],
+            "weights": [round(weight, 3) for weight in self.weights],
             "gist_tokens": round(self.stats.gist_slots),
             "source_tokens": self.stats.source_tokens,
             "ratio": round(self.stats.ratio, 3),

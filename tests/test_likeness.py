@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -157,10 +158,12 @@ def test_weights_come_from_the_judge(
         return compose(plans)
 
     monkeypatch.setattr(engine._opener, "_compose", spy)
-    ask(engine, prompt(passages[:3]))
+    answer = ask(engine, prompt(passages[:3]))
     [weights] = seen
     assert max(weights) == 0.0
     assert min(weights) < 0.0
+    assert answer.weights == pytest.approx([math.exp(weight) for weight in weights])
+    assert [*ask(plain, prompt(passages[:3])).weights] == [1.0] * 3
     assert ask(engine, prompt(passages[:1])).text == ask(plain, prompt(passages[:1])).text
     assert seen[-1] == [0.0]
 

@@ -386,7 +386,10 @@ def test_how_passages_are_read_is_a_field(
     weighing = ChatGist(
         model=str(tiny_model_folder), store=tmp_path, ratio=4, judge=judge, max_tokens=4
     )
-    assert weighing.invoke(one).response_metadata["gist"]["hits"] == 3
+    gist = weighing.invoke(one).response_metadata["gist"]
+    assert gist["hits"] == len(gist["passages"]) == len(gist["weights"]) == 3
+    assert max(gist["weights"]) == 1.0
+    assert min(gist["weights"]) < 1.0
     assert weighing.engine.describe_reading()["judge"] == judge
 
 
