@@ -32,20 +32,9 @@ COLOURS = {
 }
 
 
-MARKS = {
-    "as text": "^",
-    "weighed": "-P",
-    "that matter": "s",
-    "read apart": "--D",
-    "apart and": "-D",
-    ", ": "--o",
-}
-HOW = {
-    "*": "weighed",
-    ":": "{} that matter",
-    "~": "{} read apart",
-    "^": "{} apart and all together",
-}
+MARKS = {"as text": "--^", "weighed": "-P", ", ": "--o"}
+HOW = {"": "", "*": "weighed"}
+"""Readings that are drawn; the others are in the tables."""
 
 
 def load(folder: str) -> list[dict[str, Any]]:
@@ -64,13 +53,12 @@ def draw_quality(results: list[dict[str, Any]]) -> None:
             for arm, scores in result["arms"].items():
                 read = Arm.parse(arm, result["meta"]["ratio"])
                 name, ratio = read.name, read.ratio
-                if name in COLOURS and ratio:
-                    parts = [name]
-                    if name == result["meta"]["compressor"]:
-                        parts += filter(None, [result["meta"]["settings"].get("preset")])
-                    parts += [HOW[read.how].format(read.many)] if read.how else []
-                    parts += [f"{read.expanded} as text"] if read.expanded else []
-                    label = ", ".join(parts)
+                if name in COLOURS and ratio and read.how in HOW:
+                    meta, parts = result["meta"], [name]
+                    if name == meta["compressor"] and not read.how:  # else the README says it
+                        parts += [meta["settings"].get("preset", ""), meta.get("codec") or ""]
+                    parts += [HOW[read.how], f"{read.expanded} as text" if read.expanded else ""]
+                    label = ", ".join(filter(None, parts))
                     point = (ratio, scores["m_norm"])
                     bounds = (scores["m_norm_low"], scores["m_norm_high"])
                     points = lines.setdefault(label, [])
@@ -333,7 +321,7 @@ if __name__ == "__main__":
         drawn = [
             r
             for r in quality_results
-            if re.fullmatch(r"(rag|trained)_p[15](_both|_expand|_weighed)?.json", r["file"])
+            if re.fullmatch(r"(rag|trained)_p[15](_weighed(_int4|_thorough)?)?.json", r["file"])
         ]
         draw_quality(sorted(drawn, key=lambda r: -r["arms"]["full"]["n"]))
     if ttft_results:
