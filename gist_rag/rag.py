@@ -46,7 +46,7 @@ class GistRAG:
     Args:
         engine: compresses passages and answers.
         index: rows of the engine's passages; default the one beside its gists, or an empty one.
-        embedder: default the one that a saved index was made with, else the engine's judge where
+        embedder: default the one that the index was made with, else the engine's judge where
             that is one, else the packaged MiniLM.
     """
 
@@ -57,9 +57,12 @@ class GistRAG:
         embedder: Embedder | None = None,
     ) -> None:
         self.engine = engine
-        folder = index_folder(engine.store, engine.space)
-        self.embedder: Embedder = embedder or _own_embedder(engine, folder)
-        self.index = _saved_index(folder, self.embedder.name) if index is None else index
+        saved = _saved_index(index_folder(engine.store, engine.space)) if index is None else index
+        self.embedder: Embedder = embedder or _own_embedder(engine, saved)
+        if index is None and (saved is None or saved.embedder != self.embedder.name):
+            saved = VectorIndex(self.embedder.name)
+        assert saved is not None
+        self.index = saved
         if self.index.embedder != self.embedder.name:
             raise _embedder_mismatch(self.index, self.embedder)
 
@@ -262,23 +265,20 @@ def check_index(index: VectorIndex, store: GistStore, space: str) -> None:
         )
 
 
-def _own_embedder(engine: GistEngine, folder: Path) -> Embedder:
-    """The embedder of an engine's index, where nobody says which."""
+def _saved_index(folder: Path) -> VectorIndex | None:
+    """The index in a folder, if there is one that can be read."""
+    try:
+        return VectorIndex.load(folder)
+    except (IndexMismatch, CorruptEntry):
+        return None
+
+
+def _own_embedder(engine: GistEngine, index: VectorIndex | None) -> Embedder:
+    """The embedder of an index, or of one that is to be made, where nobody says which."""
     judge = None if engine.judge == LIKELIHOOD else engine.judge
-    try:
-        name = VectorIndex.load(folder).embedder
-    except (IndexMismatch, CorruptEntry):
+    if index is None:
         return judge or named_embedder(DEFAULT_EMBEDDER)
-    return judge if judge is not None and judge.name == name else named_embedder(name)
-
-
-def _saved_index(folder: Path, embedder: str) -> VectorIndex:
-    """The index in a folder, or an empty one where none of this embedder can be read."""
-    try:
-        index = VectorIndex.load(folder)
-    except (IndexMismatch, CorruptEntry):
-        return VectorIndex(embedder)
-    return index if index.embedder == embedder else VectorIndex(embedder)
+    return judge if judge and judge.name == index.embedder else named_embedder(index.embedder)
 
 
 def _embedder_mismatch(index: VectorIndex, embedder: Embedder) -> IndexMismatch:
