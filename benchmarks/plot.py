@@ -189,6 +189,7 @@ def fill_readme() -> None:
     plain_five = read("quality/results/nq_p5_balanced.json")["arms"]
     ttft = {r["passages"]: r for r in read("serving/results/ttft_cpu.json")["results"]}
     hotpot = read("quality/results/hotpot_p5_weighed.json")["arms"]
+    musique = read("quality/results/musique_p5_weighed.json")["arms"]
     hotpot_apart = read("quality/results/hotpot_p5_both.json")["arms"]
     cost = read("serving/results/precompute_cpu.json")
     presets = {r["preset"]: r for r in cost["results"]}
@@ -243,7 +244,9 @@ def fill_readme() -> None:
         f"{_found(at(sqlite, '8*'))} (text {_found(sqlite['full'])}). Where an answer takes two passages "
         f"at once (HotpotQA, {hotpot['full']['n']} questions, five passages) 8x keeps "
         f"{_kept(at(hotpot, '8*'))} with weights, {_kept(at(hotpot, 8))} without, and is right in "
-        f"{_found(at(hotpot, '8*'))} and {_found(at(hotpot, 8))}, text in {_found(hotpot['full'])}. `apart=3` "
+        f"{_found(at(hotpot, '8*'))} and {_found(at(hotpot, 8))}, text in {_found(hotpot['full'])}; MuSiQue "
+        f"({musique['full']['n']}) {_kept(at(musique, '8*'))} and {_kept(at(musique, 8))}, right in "
+        f"{_found(at(musique, '8*'))} and {_found(at(musique, 8))}, text in {_found(musique['full'])}. `apart=3` "
         f"keeps {_kept(at(both, '8^3'))} of five on Natural Questions and "
         f"{_kept(at(hotpot_apart, '8^3'))} on HotpotQA, and its first token comes only "
         f"{ttft[5]['speedup_apart']:.1f} times sooner.",
