@@ -271,6 +271,9 @@ def evaluate(
     ] = None,
     reader: ReaderFolder = None,
     dtype: Dtype = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Ask only what the file at --out does not answer yet.")
+    ] = False,
 ) -> None:
     """Score a compressor on questions, beside full text and controls."""
     with _reported(as_json=False):
@@ -281,6 +284,7 @@ def evaluate(
 
         if not out.parent.is_dir() or out.is_dir():
             raise BadInput(f"--out is {out}; it must be a file in a folder that is there")
+        before = _earlier_result(out) if resume and out.exists() else None
         options = {
             "task": task,
             "probe": probe,
@@ -304,7 +308,7 @@ def evaluate(
             raise BadInput(str(error)) from error
         _quiet_transformers()
         with _bar("questions") as progress:
-            result = run(config, progress, partial(_replace, out))
+            result = run(config, progress, partial(_replace, out), before)
         rows = [{"arm": arm, **row} for arm, row in result["arms"].items()]
         _print_rows([{**row, **row.pop("scores", {})} for row in rows])
 
@@ -595,6 +599,17 @@ def _replace(path: Path, result: dict[str, Any]) -> None:
     scratch = path.with_name(path.name + ".new")
     scratch.write_text(json.dumps(result, indent=1) + "\n")
     scratch.replace(path)
+
+
+def _earlier_result(path: Path) -> dict[str, Any]:
+    """What an earlier ``evaluate`` wrote."""
+    try:
+        result = json.loads(path.read_text())
+        if isinstance(result, dict) and result.keys() >= {"meta", "arms", "predictions"}:
+            return result
+    except ValueError:
+        pass
+    raise BadInput(f"{path} is no result of evaluate; give another --out, or leave --resume out")
 
 
 def _given(**options: object) -> dict[str, object]:

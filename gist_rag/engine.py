@@ -39,7 +39,7 @@ from gist_rag.errors import (
     StoreWriteError,
 )
 from gist_rag.focus import Expand, Focus, make_focus
-from gist_rag.likeness import LIKELIHOOD, Judge, Likeness, named_judge
+from gist_rag.likeness import Judge, Likeness, named_judge
 from gist_rag.matching import PassageMatcher
 from gist_rag.models import DEFAULT_MODEL
 from gist_rag.modes import GistMode, OnMiss
@@ -173,9 +173,7 @@ class GistEngine:
         folder = self._scratch.name if self._scratch else store
         self.store = folder if isinstance(folder, GistStore) else GistStore.open(str(folder))
         self.space = self._space()
-        self._likeness = (
-            None if judge is None or judge == LIKELIHOOD else Likeness(judge, self.store)
-        )
+        self._likeness = Likeness.of(judge, self.store)
         self._opener = Opener(
             backbone,
             positions,

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -54,6 +54,11 @@ class Likeness:
         self._seen: OrderedDict[str, Vectors] = OrderedDict()
         self._lock = threading.Lock()
         self._complained = False
+
+    @classmethod
+    def of(cls, judge: Judge | None, store: GistStore | None = None) -> Self | None:
+        """For a judge that is an embedder; ``None`` where there is none."""
+        return None if judge is None or judge == LIKELIHOOD else cls(judge, store)
 
     def learn(self, passages: Sequence[Passage]) -> dict[str, Vectors]:
         """Vectors ``(d,)`` of stored passages by content; those that had none get one, in the

@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 
+_PACKAGES = ("torch", "transformers", "gist-rag")
+ENVIRONMENT = ("device", "threads", "python", *_PACKAGES, "commit", "command")
+
 
 def environment() -> dict[str, Any]:
-    """Machine, versions, commit and command."""
+    """Machine, versions, commit and command: a value for each name of ``ENVIRONMENT``."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "device": device,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "transformers", "gist-rag")},
+        **{name: _version(name) for name in _PACKAGES},
         "commit": _commit(),
         "command": " ".join(["gist-rag", *sys.argv[1:]]),
     }

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -31,11 +32,11 @@ from gist_rag.compose import DEFAULT_POSITIONS, Placed, Positions, arrange, comp
 from gist_rag.compressors import COMPRESSORS, DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.errors import BadInput
 from gist_rag.evaluate import metrics
-from gist_rag.evaluate.environment import environment
+from gist_rag.evaluate.environment import ENVIRONMENT, environment
 from gist_rag.evaluate.probes import make_probe
 from gist_rag.evaluate.tasks import Example, Task, load_task
 from gist_rag.focus import APART, TOGETHER, Focus, best, log_likelihoods, log_weights
-from gist_rag.likeness import LIKELIHOOD, Likeness, named_embedder
+from gist_rag.likeness import LIKELIHOOD, Likeness, named_judge
 from gist_rag.mixture import Mixture
 from gist_rag.models import DEFAULT_RAG_MODEL
 from gist_rag.prompt import Known, question_of, rag_messages, rag_pieces, rag_segments
@@ -97,6 +98,7 @@ def evaluate(
     config: EvaluateConfig,
     progress: Progress | None = None,
     keep: Callable[[dict[str, Any]], None] | None = None,
+    before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run all arms.
 
@@ -104,31 +106,95 @@ def evaluate(
         progress: called after each group of questions with questions done and questions in all.
         keep: called after each group with the result so far, so that a run that is stopped has
             not been for nothing.
+        before: the result of an earlier run, perhaps of fewer questions, of other arms or in
+            another dtype. What it holds is not asked again, and is part of this result.
 
     Returns:
         ``{"meta", "arms", "predictions"}`` as written by ``gist-rag evaluate``.
 
     Raises:
-        BadInput: an unusable task or arm.
+        BadInput: an unusable task or arm, or a ``before`` of other settings or questions.
     """
     task = _task(config)
     examples = task.examples
     backbone, reader = load_backbone(config.model, config.reader, dtype=config.dtype)
-    arms, meta = _Arms(backbone, config, reader), _meta(config, backbone)
-    predictions: list[dict[str, Any]] = []
+    if before:
+        earlier = [p["arm"] for p in before["predictions"]]
+        config = config.model_copy(update={"arms": (*config.all_arms, *earlier)})
+    result = _Result(_meta(config, backbone), config.all_arms, [e.id for e in examples], before)
+    arms = _Arms(backbone, config, reader)
     for first in range(0, len(examples), GROUP):
         group = examples[first : first + GROUP]
         with torch.no_grad():
-            readings = [arms.readings(example) for example in group]
+            missing = {e.id: result.missing(e.id) for e in group}
+            readings = {e.id: arms.readings(e, missing[e.id]) for e in group if missing[e.id]}
             for arm in config.all_arms:
-                chosen = [r[arm] for r in readings]
-                predictions += _predict(backbone, arm, task, group, chosen, reader)
-        result = {"meta": meta, "arms": summarise(predictions), "predictions": predictions}
-        if keep:
-            keep(result)
+                if asked := [e for e in group if arm in missing[e.id]]:
+                    chosen = [readings[e.id][arm] for e in asked]
+                    result.add(_predict(backbone, arm, task, asked, chosen, reader))
+        if keep and readings:
+            keep(result.written())
         if progress:
             progress(first + len(group), len(examples))
-    return result
+    return result.written()
+
+
+COMPARABLE = (*(set(EvaluateConfig.model_fields) - {"arms", "limit", "dtype"}), "model_fingerprint")
+"""What two runs must have in common for their predictions to stand in one result."""
+ORIGIN = ("limit", "dtype", *ENVIRONMENT)
+"""What a result says of each earlier run that it goes on with."""
+
+
+class _Result:
+    """Predictions by question and arm, those of an earlier run among them.
+
+    Raises:
+        BadInput: the earlier run differs in more than arms and number of questions, or a question
+            comes twice.
+    """
+
+    def __init__(
+        self,
+        meta: Mapping[str, Any],
+        arms: Sequence[str],
+        ids: Sequence[str],
+        before: Mapping[str, Any] | None,
+    ) -> None:
+        if len(set(ids)) < len(ids):
+            raise BadInput(f"question {Counter(ids).most_common(1)[0][0]!r} comes twice")
+        self._meta, self._arms, self._ids = dict(meta), arms, ids
+        self._predictions: dict[tuple[str, str], dict[str, Any]] = {}
+        if before:
+            old = {**EvaluateConfig().model_dump(mode="json"), **before["meta"]}
+            if differing := sorted(k for k in COMPARABLE if meta.get(k) != old.get(k)):
+                told = ", ".join(f"{k} {old.get(k)!r}, not {meta.get(k)!r}" for k in differing)
+                raise BadInput(f"the result to go on with has {told}")
+            self.add(before["predictions"])
+            if lost := {id for id, _ in self._predictions} - set(ids):
+                raise BadInput(
+                    f"the result to go on with has {len(lost)} questions more than these"
+                )
+            origin = {k: old[k] for k in ORIGIN if k in old}
+            self._meta["before"] = [*old.get("before", ()), origin]
+
+    def missing(self, id: str) -> list[str]:
+        """Arms in which a question has not been asked yet."""
+        return [arm for arm in self._arms if (id, arm) not in self._predictions]
+
+    def add(self, predictions: Sequence[dict[str, Any]]) -> None:
+        self._predictions |= {(p["id"], p["arm"]): p for p in predictions}
+
+    def written(self) -> dict[str, Any]:
+        """The result so far; its figures are those of questions that all arms have answered."""
+        whole = {id for id in self._ids if not self.missing(id)}
+        kept = [
+            self._predictions[id, arm]
+            for id in self._ids
+            for arm in self._arms
+            if (id, arm) in self._predictions
+        ]
+        figures = summarise([p for p in kept if p["id"] in whole])
+        return {"meta": self._meta, "arms": figures, "predictions": kept}
 
 
 def summarise(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -250,6 +316,10 @@ class Arm:
         return self.name, self.ratio
 
 
+_Gists: TypeAlias = tuple[str, float | None]
+_States: TypeAlias = dict[_Gists, list[GistState]]
+
+
 class _Arms:
     """Builds what each arm reads. Passages are encoded once for all compressors that can share."""
 
@@ -261,9 +331,7 @@ class _Arms:
         gists = {a.gists: a for a in self.arms.values() if a.name not in TEXT_ARMS}
         self.compressors = {key: self._compressor(arm) for key, arm in gists.items()}
         self._prefixes: dict[str, Prefix] = {}
-        self._likeness = (
-            None if config.judge == LIKELIHOOD else Likeness(named_embedder(config.judge))
-        )
+        self._likeness = Likeness.of(named_judge(config.judge))
 
     def _compressor(self, arm: Arm) -> Compressor:
         if arm.name == "reuse":
@@ -272,33 +340,35 @@ class _Arms:
         ratio = {} if arm.ratio is None else {"ratio": arm.ratio}
         return make_compressor(arm.name, self.backbone, {**ratio, **own})
 
-    def readings(self, example: Example) -> dict[str, list[_Reading]]:
-        """Per arm, what one question reads: one prompt, or several that answer together."""
+    def readings(self, example: Example, names: Sequence[str]) -> dict[str, list[_Reading]]:
+        """Per arm, what a question reads: one prompt, or several that answer together."""
+        arms = {name: self.arms[name] for name in names}
         ids = [self.backbone.tokenize(text) for text in example.passages]
         source = sum(len(i) for i in ids)
-        states = self._states(ids)
-        judged = {arm.gists for arm in self.arms.values() if arm.chooses}
-        likelihoods = {gists: self._likelihoods(example, states[gists]) for gists in judged}
+        states = self._states(ids, {a.gists for a in arms.values() if a.name not in TEXT_ARMS})
+        judged = self._judged(example, states, {a.gists for a in arms.values() if a.chooses})
         out = {}
-        for text, arm in self.arms.items():
+        for name, arm in arms.items():
             if arm.name not in TEXT_ARMS:
-                found = likelihoods.get(arm.gists)
-                out[text] = self._gists(example, states[arm.gists], source, arm, found)
+                found = judged[arm.gists] if arm.chooses else None
+                out[name] = self._gists(example, states[arm.gists], source, arm, found)
             elif arm.name == "truncated":
                 assert arm.ratio is not None
                 cut = [max(1, round(len(i) / arm.ratio)) for i in ids]
                 texts = [self._text(i[:n]) for i, n in zip(ids, cut, strict=True)]
-                out[text] = [self._plain(example.question, texts, sum(cut), source)]
+                out[name] = [self._plain(example.question, texts, sum(cut), source)]
             elif arm.name == "full":
-                out[text] = [self._plain(example.question, example.passages, source, source)]
+                out[name] = [self._plain(example.question, example.passages, source, source)]
             else:
-                out[text] = [self._plain(example.question, (), 0, source)]
+                out[name] = [self._plain(example.question, (), 0, source)]
         return out
 
-    def _states(self, ids: Sequence[Tensor]) -> dict[tuple[str, float | None], list[GistState]]:
+    def _states(self, ids: Sequence[Tensor], wanted: Set[_Gists]) -> _States:
         shared: Tensor | None = None
         out = {}
         for key, compressor in self.compressors.items():
+            if key not in wanted:
+                continue
             if compressor.reads_tokens_only:
                 shared = compressor.encode(ids) if shared is None else shared
                 out[key] = compressor.distil(shared, ids)
@@ -360,13 +430,20 @@ class _Arms:
         kept = {n: states[i] for n, i in enumerate(places) if i not in as_text}
         return self._mixed(example, kept, source, positions)
 
+    def _judged(
+        self, example: Example, states: _States, wanted: Set[_Gists]
+    ) -> dict[_Gists, Tensor]:
+        """How much each passage has to do with the question, ``(P,)`` in nats, for the gists of
+        those arms that ask; an embedder judges texts, so it says the same for all."""
+        if self._likeness is None or not wanted:
+            return {gists: self._likelihoods(example, states[gists]) for gists in wanted}
+        passages = [*map(Passage, example.passages)]
+        prompt = rag_segments(example.question, passages, self.backbone.render)
+        known = [segment for segment in prompt if isinstance(segment, Known)]
+        judged = self._likeness(question_of(prompt, self.backbone.plain), known)
+        return dict.fromkeys(wanted, judged)
+
     def _likelihoods(self, example: Example, states: Sequence[GistState]) -> Tensor:
-        """How much each passage has to do with the question, in nats."""
-        if self._likeness is not None:
-            passages = [*map(Passage, example.passages)]
-            prompt = rag_segments(example.question, passages, self.backbone.render)
-            known = [segment for segment in prompt if isinstance(segment, Known)]
-            return self._likeness(question_of(prompt, self.backbone.plain), known)
         alone = [self._reading(example, states, [place], 0) for place in range(len(states))]
         return log_likelihoods(
             self.backbone,
