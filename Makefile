@@ -11,8 +11,9 @@ GPU_PYTHON ?= $(BIN)/python
 TYPED := gist_rag kernels/gist_rag_kernels integrations
 SERVING := benchmarks/serving/results
 QUALITY := benchmarks/quality/results
-EVALUATE = $(BIN)/gist-rag evaluate --task $(TASK) --dtype bfloat16
-PLAIN = $(EVALUATE) --model smollm2-135m-instruct
+EVALUATE = $(BIN)/gist-rag evaluate --resume --task $(TASK) --dtype $(DTYPE)
+PLAIN = $(EVALUATE) --model smollm2-135m-instruct --positions parallel
+DTYPE ?= bfloat16
 RATIOS := 2 4 8 16
 WORKERS ?= 2
 CONTROLS := truncated strided mean_pooled attention_matching
@@ -46,7 +47,7 @@ bench: .venv/.demo ## time to first token and cost of compressing on this CPU, i
 	CUDA_VISIBLE_DEVICES= $(BIN)/gist-rag bench precompute --compressor trim_kv-4x --json > $(SERVING)/precompute_cpu.json.new
 	mv $(SERVING)/precompute_cpu.json.new $(SERVING)/precompute_cpu.json
 
-quality: .venv/.demo ## evaluate on TASK=FILE, one to ten passages, into benchmarks/ (hours on a CPU)
+quality: .venv/.demo ## evaluate on TASK=FILE what has no result yet, into benchmarks/ (hours on a CPU)
 	for n in 1 5; do \
 		$(EVALUATE) --passages $$n --arms $(ARMS)$(COMMA)$(CHOSEN) --out $(QUALITY)/rag_p$$n.json; \
 		$(PLAIN) --passages $$n --arms $(ARMS) --out $(QUALITY)/nq_p$${n}_balanced.json; \

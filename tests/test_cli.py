@@ -383,6 +383,19 @@ def test_evaluate_writes_a_result_file(run: Run, tiny_model_folder: Path, tmp_pa
     assert result.exit_code == 0, result.output
     assert set(json.loads(out.read_text())["arms"]) == {"closed", "full", "strided"}
 
+    more = ["--limit", 3, "--model", tiny_model_folder, "--arms", "reuse", "--resume"]
+    result = run("evaluate", *given, *more, "--seed", 1, "--out", out)
+    assert result.exit_code == 0, result.output
+    arms = json.loads(out.read_text())["arms"]
+    assert {arm: row["n"] for arm, row in arms.items()} == dict.fromkeys(
+        ("closed", "full", "reuse", "strided"), 3
+    )
+    written = out.read_text()
+    for file, words in ((out, "has seed 1, not 2"), (task, "is no result of evaluate")):
+        result = run("evaluate", *given, *more, "--seed", 2, "--out", file)
+        assert (result.exit_code, words in result.stderr) == (2, True)
+    assert out.read_text() == written
+
 
 @pytest.mark.parametrize(("columns", "line"), [(60, "strided: n 2, nll "), (400, "│ strided ")])
 def test_evaluate_writes_a_probes_scores(

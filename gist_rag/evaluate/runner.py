@@ -78,6 +78,16 @@ class EvaluateConfig(BaseModel):
         chosen = self.arms or ("truncated", "reuse", "strided", self.compressor)
         return tuple(dict.fromkeys(("closed", "full", *chosen)))
 
+    def joined(self, before: Mapping[str, Any]) -> Self:
+        """With the questions and arms of an earlier result besides its own."""
+        earlier = before["predictions"]
+        return self.model_copy(
+            update={
+                "limit": max(self.limit, len({p["id"] for p in earlier})),
+                "arms": (*self.all_arms, *(p["arm"] for p in earlier)),
+            }
+        )
+
 
 Progress = Callable[[int, int], None]
 
@@ -115,12 +125,11 @@ def evaluate(
     Raises:
         BadInput: an unusable task or arm, or a ``before`` of other settings or questions.
     """
+    if before:
+        config = config.joined(before)
     task = _task(config)
     examples = task.examples
     backbone, reader = load_backbone(config.model, config.reader, dtype=config.dtype)
-    if before:
-        earlier = [p["arm"] for p in before["predictions"]]
-        config = config.model_copy(update={"arms": (*config.all_arms, *earlier)})
     result = _Result(_meta(config, backbone), config.all_arms, [e.id for e in examples], before)
     arms = _Arms(backbone, config, reader)
     for first in range(0, len(examples), GROUP):
@@ -172,7 +181,7 @@ class _Result:
             self.add(before["predictions"])
             if lost := {id for id, _ in self._predictions} - set(ids):
                 raise BadInput(
-                    f"the result to go on with has {len(lost)} questions more than these"
+                    f"the result to go on with has {len(lost)} questions that the task has not"
                 )
             origin = {k: old[k] for k in ORIGIN if k in old}
             self._meta["before"] = [*old.get("before", ()), origin]
