@@ -67,6 +67,9 @@ ReaderFolder = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16, float16.")]
 Ratio = Annotated[float | None, typer.Option(help="Tokens per kept slot.")]
 Preset = Annotated[str | None, typer.Option(help="fast, balanced, thorough or best.")]
+Coarser = Annotated[
+    str | None, typer.Option(help="Further, higher ratios, as in 16,32, for --budget.")
+]
 RefineSteps = Annotated[int | None, typer.Option(help="Steps of refinement per passage.")]
 
 
@@ -88,6 +91,7 @@ def precompute(
     model: Model = DEFAULT_RAG_MODEL,
     compressor: Method = COMPRESSOR,
     ratio: Ratio = None,
+    coarser: Coarser = None,
     preset: Preset = None,
     refine_steps: RefineSteps = None,
     codec: Annotated[str, typer.Option(help="bf16, int8 or int4.")] = "bf16",
@@ -112,7 +116,12 @@ def precompute(
                 model,
                 store,
                 compressor=compressor,
-                settings=_given(ratio=ratio, preset=preset, refine_steps=refine_steps),
+                settings=_given(
+                    ratio=ratio,
+                    coarser=None if coarser is None else coarser.split(","),
+                    preset=preset,
+                    refine_steps=refine_steps,
+                ),
                 codec=codec,
                 namespace=namespace,
             )
@@ -164,6 +173,9 @@ def ask(
         float | None,
         typer.Option(min=0, help="Doubt (nats) from which on a passage is read as text."),
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="What all gists may take: 400 (slots), 16x or 2.5MB.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer a question from a store that precompute made."""
@@ -180,6 +192,7 @@ def ask(
                 focus=focus,
                 apart=apart,
                 expand=expand,
+                budget=budget,
             )
         with rag:
             found = rag.search(question, k)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local
 from gist_rag.batching import Batcher
+from gist_rag.budget import Budget, make_budget
 from gist_rag.compose import DEFAULT_POSITIONS, Positions, compose, place
 from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.compressors.full import Full
@@ -141,6 +142,9 @@ class GistEngine:
             ``expand`` ask for a judge it is the likelihood.
         focus: how many of its passages a prompt reads; default: all.
         expand: when passages are read as text after all; default: never.
+        budget: what the gists of a prompt may take together; passages that were compressed at
+            several ratios (the setting ``coarser``) are then read the finer, the more they matter.
+            Default: no limit, and all at their finest.
         batch_window_ms: how long ``generate`` waits for other threads that ask too, to answer all
             in one batch; 0 for not at all.
     """
@@ -158,13 +162,20 @@ class GistEngine:
         judge: Judge | None = None,
         focus: Focus | None = None,
         expand: Expand | None = None,
+        budget: Budget | None = None,
         batch_window_ms: float = 5.0,
     ) -> None:
+        if budget is not None and focus is not None and focus.apart:
+            raise BadInput(
+                "passages that are read apart do not share a context, so they have no budget; "
+                "give apart or budget"
+            )
         self.backbone = backbone
         self.reader = reader
         self.judge: Judge | None = judge
         self.focus = focus
         self.expand = expand
+        self.budget = budget
         self.compressor = compressor
         self.codec = codec
         self.namespace = namespace
@@ -180,6 +191,7 @@ class GistEngine:
             reader,
             focus,
             expand,
+            budget=budget,
             weigh=judge is not None,
             judge=self._likeness,
         )
@@ -209,6 +221,7 @@ class GistEngine:
         focus: Focus | int | None = None,
         apart: int | None = None,
         expand: Expand | float | None = None,
+        budget: Budget | str | float | None = None,
         dtype: str | None = None,
         device: str | None = None,
     ) -> Self:
@@ -227,6 +240,7 @@ class GistEngine:
             focus: see ``GistEngine``; a number is short for ``Focus(passages=...)``.
             apart: short for ``focus=Focus(passages=..., apart=True)``.
             expand: see ``GistEngine``; a number is short for ``Expand(doubt=...)``.
+            budget: see ``GistEngine``; a number of slots, or as in ``"16x"`` or ``"2.5MB"``.
             dtype, device: see ``models.load_model``.
         """
         backbone, answers = load_backbone(model, reader, dtype=dtype, device=device)
@@ -242,6 +256,7 @@ class GistEngine:
             judge=named_judge(judge),
             focus=make_focus(focus, apart),
             expand=Expand(expand) if isinstance(expand, int | float) else expand,
+            budget=make_budget(budget),
         )
 
     # ---- identity
@@ -268,6 +283,7 @@ class GistEngine:
             "judge": judge if isinstance(judge, str) else "" if judge is None else judge.name,
             "focus": str(self.focus),
             "expand": str(self.expand),
+            "budget": str(self.budget),
         }
 
     def _space(self) -> str:
@@ -573,7 +589,7 @@ class GistEngine:
     ) -> int:
         """Positions that a prompt takes: tokens of its text and slots of its gists."""
         [segments], fetched = self._fetch([self.segments(prompt, gist_mode, tools)], [gist_mode])
-        return fetched.stats(0, self._opener.plan(segments, fetched.states), {}).input_tokens
+        return fetched.stats(0, self._opener.unjudged(segments, fetched.states), {}).input_tokens
 
     @property
     def matcher(self) -> PassageMatcher:

@@ -26,6 +26,7 @@ NAMES_ENGINE = (
     "focus",
     "apart",
     "expand",
+    "budget",
     "dtype",
     "device",
 )

@@ -12,13 +12,14 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local, Opened, Prefix
+from gist_rag.budget import Budget
 from gist_rag.compose import Placed, Positions, arrange, compose, weighed
 from gist_rag.errors import ContextOverflow
 from gist_rag.focus import APART, Expand, Focus, log_likelihoods, log_weights
@@ -109,7 +110,7 @@ class Opener:
     """Reads prompts. Safe to share by threads.
 
     Args:
-        positions, reader, focus, expand: see ``engine.GistEngine``.
+        positions, reader, focus, expand, budget: see ``engine.GistEngine``.
         weigh: whether passages that are read together have weights of their own.
         judge: who says what passages matter; default: the model, by how likely each makes what
             follows.
@@ -123,6 +124,7 @@ class Opener:
         focus: Focus | None = None,
         expand: Expand | None = None,
         *,
+        budget: Budget | None = None,
         weigh: bool = False,
         judge: Judging | None = None,
     ) -> None:
@@ -131,6 +133,7 @@ class Opener:
         self.reader = reader
         self.focus = focus
         self.expand = expand
+        self.budget = budget
         self.weigh = weigh
         self.judge = judge
         self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
@@ -152,13 +155,13 @@ class Opener:
         Raises:
             ContextOverflow: a prompt with its answer needs more positions than the model has.
         """
-        chosen = self._choose(prompts, states)
+        chosen = [self._fitted(prompt, states) for prompt in self._choose(prompts, states)]
         lap("focus_ms")
-        chosen, opening = self._open(chosen, states, sampling, lap)
+        chosen, opening = self._open(chosen, sampling, lap)
         if doubtful := self._doubtful(opening):
             chosen = self._expanded(chosen, doubtful, states)
             try:
-                _, opening = self._open(chosen, states, sampling, lap)
+                _, opening = self._open(chosen, sampling, lap)
             except ContextOverflow as error:  # as text a passage may take more positions
                 logger.info("answers stay in doubt, read from gists: %s", error)
         return opening
@@ -194,7 +197,29 @@ class Opener:
         assert isinstance(end, Tensor)  # a passage never ends a prompt
         return Plan(prefix, placed, known, text, len(end))
 
+    def unjudged(self, segments: Sequence[Segment], states: States) -> Plan:
+        """A prompt in one row, within the budget, before anybody has said what matters."""
+        fitted = self._fitted(_Chosen(segments), states)
+        return self.plan(fitted.segments, fitted.states)
+
     # ---- the steps of open
+
+    def _fitted(self, prompt: _Chosen, states: States) -> _Chosen:
+        """A prompt with the gists that are read of it, all of them within the budget."""
+        if self.budget is None:
+            return replace(prompt, states=states)
+        contents = [known.content for known in _known(prompt.segments)]
+        levels = self.budget.chosen([states[content] for content in contents], prompt.judged)
+        read = [place for place, level in enumerate(levels) if level is not None]
+        fitted = {content: level for content, level in zip(contents, levels, strict=True) if level}
+        judged, weights = prompt.judged, prompt.weights
+        return replace(
+            prompt,
+            segments=with_only(prompt.segments, read),
+            judged=None if judged is None else judged[read],
+            weights=None if weights is None else [weights[place] for place in read],
+            states=fitted,
+        )
 
     def _choose(self, prompts: Sequence[Sequence[Segment]], states: States) -> list[_Chosen]:
         """What is to be read of prompts: all, or only what matters, or each passage apart.
@@ -228,7 +253,6 @@ class Opener:
     def _open(
         self,
         prompts: Sequence[_Chosen],
-        states: States,
         sampling: Sequence[Sampling],
         lap: Callable[[str], None],
     ) -> tuple[list[_Chosen], Opening]:
@@ -236,8 +260,10 @@ class Opener:
         token, and those that matter go on; the prompts then say what has been found out."""
         rows = [
             [
-                self.plan(s, states, APART if prompt.readings else None, prompt.gist_weights)
-                for s in prompt.rows()
+                self.plan(
+                    row, prompt.states, APART if prompt.readings else None, prompt.gist_weights
+                )
+                for row in prompt.rows()
             ]
             for prompt in prompts
         ]
@@ -370,6 +396,7 @@ class _Chosen:
         weights: logs, of its passages where they are read together; ``None``: all alike.
         expanded: places of those that are to be read as text, where there are ``readings`` in the
             one that has nothing else.
+        states: gists of its passages, as they are to be read.
     """
 
     segments: Sequence[Segment]
@@ -377,6 +404,7 @@ class _Chosen:
     judged: Tensor | None = None
     weights: Sequence[float] | None = None
     expanded: Sequence[int] = ()
+    states: States = field(default_factory=dict)
 
     @property
     def unjudged(self) -> bool:

@@ -80,6 +80,7 @@ class GistRAG:
         focus: int | None = None,
         apart: int | None = None,
         expand: float | None = None,
+        budget: str | float | None = None,
         dtype: str | None = None,
         device: str | None = None,
     ) -> Self:
@@ -94,7 +95,7 @@ class GistRAG:
             judge: see ``GistEngine``; ``"index"`` is the embedder of the index, which weighs
                 passages for next to nothing. Default: that one, unless ``focus`` or ``apart`` is
                 given.
-            reader, focus, apart, expand: see ``GistEngine.from_pretrained``.
+            reader, focus, apart, expand, budget: see ``GistEngine.from_pretrained``.
             dtype, device: see ``models.load_model``.
 
         Raises:
@@ -117,6 +118,7 @@ class GistRAG:
                 "focus": focus,
                 "apart": apart,
                 "expand": expand,
+                "budget": budget,
                 "dtype": dtype,
                 "device": device,
             }

@@ -82,6 +82,8 @@ class GistState:
         bank: the slots join no attention but a bank beside it (``Slots.bank``), which is read with
             this temperature; ``None`` for ordinary gists.
         key_scales, value_scales, key_group: see ``PackedKV``; no scales for floats.
+        coarser: the same passage at higher ratios, each fitted by itself, the finest of them first
+            (``budget``).
     """
 
     keys: Tensor
@@ -97,6 +99,7 @@ class GistState:
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
     key_group: int = 0
+    coarser: tuple[GistState, ...] = ()
 
     def __post_init__(self) -> None:
         slots = len(self.keys)
@@ -170,6 +173,12 @@ class GistState:
         return self.num_tokens / max(self.mean_slots, 1e-9)
 
     @property
+    def num_bytes(self) -> int:
+        """Size of keys and values as they are held, without the coarser states."""
+        held = (self.keys, self.values, self.key_scales, self.value_scales)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+    @property
     def lengths(self) -> Tensor:
         """``(L * H,)`` kept slots of each row."""
         return self.rows.diff()
@@ -188,7 +197,9 @@ class GistState:
         """The same with slots at places 0, 1, ... of their row, so that the passage takes as few
         positions as there are slots."""
         span = int(self.lengths.max()) if len(self.rows) > 1 else 0
-        return replace(self, offsets=self.rank_of_slot().to(torch.int32), span=span)
+        coarser = tuple(state.side_by_side() for state in self.coarser)
+        offsets = self.rank_of_slot().to(torch.int32)
+        return replace(self, offsets=offsets, span=span, coarser=coarser)
 
     def emptied(self) -> GistState:
         """The same without slots."""
@@ -204,6 +215,7 @@ class GistState:
             rows=torch.zeros_like(self.rows),
             key_scales=key_scales,
             value_scales=None if value_scales is None else value_scales[:0],
+            coarser=(),
         )
 
     def select(self, keep: Tensor) -> GistState:
@@ -216,6 +228,7 @@ class GistState:
             bias=self.bias[keep],
             offsets=self.offsets[keep],
             rows=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+            coarser=(),
         )
 
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,15 +259,23 @@ class GistState:
             rows=self.rows.to(device),
             key_scales=moved(self.key_scales),
             value_scales=moved(self.value_scales),
+            coarser=tuple(state.to(device) for state in self.coarser),
         )
 
     def floats(self, dtype: torch.dtype) -> GistState:
         """With keys and values in a float dtype."""
         if self.key_scales is None:
-            return replace(self, keys=self.keys.to(dtype), values=self.values.to(dtype))
-        keys, values = dequantise(self.kv, dtype)
+            keys, values = self.keys.to(dtype), self.values.to(dtype)
+        else:
+            keys, values = dequantise(self.kv, dtype)
         return replace(
-            self, keys=keys, values=values, key_scales=None, value_scales=None, key_group=0
+            self,
+            keys=keys,
+            values=values,
+            key_scales=None,
+            value_scales=None,
+            key_group=0,
+            coarser=tuple(state.floats(dtype) for state in self.coarser),
         )
 
 
@@ -265,7 +286,7 @@ class PackedState:
     Attributes:
         codec: name of the codec that packed it.
         tensors: named tensors; which ones is the codec's business.
-        num_layers, span, num_tokens, text, bank: as in ``GistState``.
+        num_layers, span, num_tokens, text, bank, coarser: as in ``GistState``.
     """
 
     codec: str
@@ -275,11 +296,13 @@ class PackedState:
     num_tokens: int
     text: str | None = None
     bank: float | None = None
+    coarser: tuple[PackedState, ...] = ()
 
     @property
     def num_bytes(self) -> int:
-        """Payload size in bytes."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        """Payload size in bytes, that of the coarser states included."""
+        own = sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return own + sum(state.num_bytes for state in self.coarser)
 
 
 class Message(TypedDict):

@@ -85,6 +85,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
             }
         ),
     ),
+    "gist_rag.budget": (4, frozenset({"gist_rag.errors", "gist_rag.types"})),
     "gist_rag.mixture": (4, frozenset()),
     "gist_rag.focus": (7, frozenset({"gist_rag.backbone", "gist_rag.compose", "gist_rag.errors"})),
     "gist_rag.likeness": (
@@ -146,6 +147,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
         frozenset(
             {
                 "gist_rag.backbone",
+                "gist_rag.budget",
                 "gist_rag.compose",
                 "gist_rag.errors",
                 "gist_rag.focus",
@@ -163,6 +165,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
             {
                 "gist_rag.backbone",
                 "gist_rag.batching",
+                "gist_rag.budget",
                 "gist_rag.compose",
                 "gist_rag.compressors",
                 "gist_rag.detokenize",
@@ -202,6 +205,7 @@ ROOMS: dict[str, tuple[int, frozenset[str]]] = {
         frozenset(
             {
                 "gist_rag.backbone",
+                "gist_rag.budget",
                 "gist_rag.compose",
                 "gist_rag.compressors",
                 "gist_rag.engine",

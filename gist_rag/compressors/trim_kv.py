@@ -17,7 +17,9 @@ from gist_rag.compressors.base import (
     Compressor,
     CompressorConfig,
     Lesson,
+    NestedConfig,
     best_slots,
+    nested,
 )
 from gist_rag.errors import BadInput, ContextOverflow
 from gist_rag.layout import Layout
@@ -25,7 +27,7 @@ from gist_rag.losses import capacity, distill
 from gist_rag.types import GistState
 
 
-class TrimKVConfig(CompressorConfig):
+class TrimKVConfig(NestedConfig):
     """Settings of ``trim_kv``.
 
     Attributes:
@@ -96,7 +98,8 @@ class TrimKV(Compressor):
         if decay.requires_grad:
             return replace(full, bias=decay.flatten())
         pools = len(decay) if self.config.budget == "head" else 1
-        return full.select(best_slots(decay, self.config.ratio, pools).flatten())
+        kept = [best_slots(decay, ratio, pools).flatten() for ratio in self.config.ratios]
+        return nested([full.select(keep) for keep in kept])
 
     def passage_losses(self, lesson: Lesson) -> dict[str, Tensor]:
         over = []

@@ -1,12 +1,14 @@
 """``evaluate``: the same questions through every arm, scored in three ways that must agree.
 
 Arms are ``closed`` (no passages), ``full`` (text), ``truncated`` (text cut to the same number of
-slots), ``reuse`` (uncompressed gists) and compressors, each ``name`` or ``name@ratio``. Behind it
-may stand what is done with the ``n`` passages that matter most (``gist_rag.focus``): ``:n`` reads
-them alone of all, ``~n`` reads each of them apart, ``^n`` does so and reads all together besides;
-``*`` instead reads all together, each with its weight; and last, ``+n`` has them as text, of
-passages read apart where they stand alone. Who judges what matters is the config's ``judge``.
-Each prediction says in what ``doubt`` it was made, so that a threshold can be found afterwards.
+slots), ``reuse`` (uncompressed gists) and compressors, each ``name`` or ``name@ratio``; or
+``name@8-16-32/16x``, compressed at several ratios and read within a budget (``gist_rag.budget``).
+Behind it may stand what is done with the ``n`` passages that matter most (``gist_rag.focus``):
+``:n`` reads them alone of all, ``~n`` reads each of them apart, ``^n`` does so and reads all
+together besides; ``*`` instead reads all together, each with its weight; and last, ``+n`` has them
+as text, of passages read apart where they stand alone. Who judges what matters is the config's
+``judge``. Each prediction says in what ``doubt`` it was made, so that a threshold can be found
+afterwards.
 
 Scores are the gold answer's NLL per token, the share of questions whose gold answer is likelier per
 token than nine others (``choice``), and what a greedy answer contains; a probe adds its own.
@@ -28,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local, Prefix
+from gist_rag.budget import Budget
 from gist_rag.compose import DEFAULT_POSITIONS, Placed, Positions, arrange, compose, weighed
 from gist_rag.compressors import COMPRESSORS, DEFAULT_COMPRESSOR, Compressor, make_compressor
 from gist_rag.errors import BadInput
@@ -266,14 +269,17 @@ def _figures(arm: _FieldScores, closed: _FieldScores, full: _FieldScores) -> dic
 
 @dataclass(frozen=True)
 class Arm:
-    """``name@ratio``, perhaps ``how`` the ``many`` passages that matter most are read, and of how
-    many the text is read (``expanded``)."""
+    """``name@ratio``, perhaps with ``coarser`` ratios and the ``budget`` that chooses among them,
+    ``how`` the ``many`` passages that matter most are read, and of how many the text is read
+    (``expanded``)."""
 
     name: str
     ratio: float | None
     how: str = ""
     many: int = 0
     expanded: int = 0
+    coarser: tuple[float, ...] = ()
+    budget: Budget | None = None
 
     @classmethod
     def parse(cls, text: str, ratio: float) -> Self:
@@ -281,30 +287,42 @@ class Arm:
         their own, ``None``.
 
         Raises:
-            BadInput: no ratio, or no number of passages, where there should be one; or passages to
-                be chosen from those of an arm that reads no gists.
+            BadInput: no ratio, or no number of passages, where there should be one; passages to be
+                chosen from those of an arm that reads no gists; or a budget for passages that do
+                not share a context.
         """
-        form = r"(.*?)(?:@([^@]*?))?(?:([:~^])(\d+)|(\*))?(?:\+(\d+))?"
-        name, given, how, many, weigh, expanded = re.fullmatch(form, text, re.S).groups("")  # type: ignore[union-attr]
-        default = ratio if name in UNTRAINED else None
+        form = r"(.*?)(?:@([^@/]*?)(?:/(\w+))?)?(?:([:~^])(\d+)|(\*))?(?:\+(\d+))?"
+        found = re.fullmatch(form, text, re.S)
+        assert found is not None
+        name, given, budget, how, many, weigh, expanded = found.groups("")
         try:
-            chosen = float(given) if given else default
+            ratios = [float(r) for r in given.split("-")] if given else []
         except ValueError as error:
             raise BadInput(
-                f"arm {text!r} is not name or name@ratio, perhaps with :n, ~n, ^n or * behind it, "
-                "and then with +n"
+                f"arm {text!r} is not name, name@ratio or name@ratio-ratio/budget, perhaps with "
+                ":n, ~n, ^n or * behind it, and then with +n"
             ) from error
         if many == "0":
             raise BadInput(f"arm {text!r} reads 0 passages; give 1 or more")
-        arm = cls(name, chosen, how or weigh, int(many or 0), int(expanded or 0))
+        arm = cls(
+            name,
+            ratios[0] if ratios else ratio if name in UNTRAINED else None,
+            how or weigh,
+            int(many or 0),
+            int(expanded or 0),
+            tuple(ratios[1:]),
+            Budget.parse(budget) if budget else None,
+        )
         if arm.chooses and name in TEXT_ARMS:
             raise BadInput(f"arm {text!r}: {name} reads no gists to choose from")
+        if arm.budget and arm.focus:
+            raise BadInput(f"arm {text!r}: a budget is of passages that are all read together")
         return arm
 
     @property
     def chooses(self) -> bool:
         """Whether it asks which passages matter."""
-        return bool(self.how or self.expanded)
+        return bool(self.how or self.expanded or self.budget)
 
     @property
     def focus(self) -> Focus | None:
@@ -320,12 +338,12 @@ class Arm:
         return self.how == "*"
 
     @property
-    def gists(self) -> tuple[str, float | None]:
+    def gists(self) -> _Gists:
         """Which gists it reads, some or all of them."""
-        return self.name, self.ratio
+        return self.name, self.ratio, self.coarser
 
 
-_Gists: TypeAlias = tuple[str, float | None]
+_Gists: TypeAlias = tuple[str, float | None, tuple[float, ...]]
 _States: TypeAlias = dict[_Gists, list[GistState]]
 
 
@@ -347,7 +365,8 @@ class _Arms:
             return make_compressor("full", self.backbone)
         own = self.config.settings if arm.name == self.config.compressor else {}
         ratio = {} if arm.ratio is None else {"ratio": arm.ratio}
-        return make_compressor(arm.name, self.backbone, {**ratio, **own})
+        coarser = {"coarser": arm.coarser} if arm.coarser else {}
+        return make_compressor(arm.name, self.backbone, {**ratio, **coarser, **own})
 
     def readings(self, example: Example, names: Sequence[str]) -> dict[str, list[_Reading]]:
         """Per arm, what a question reads: one prompt, or several that answer together."""
@@ -410,10 +429,14 @@ class _Arms:
         everything = list(range(len(states)))
         as_text = [] if likelihoods is None else best(likelihoods, arm.expanded)
         if likelihoods is None or arm.focus is None:
+            if arm.budget:
+                fitted = dict(enumerate(arm.budget.chosen(states, likelihoods)))
+                kept = {place: state for place, state in fitted.items() if state is not None}
+                everything, states = [*kept], [kept.get(i, s) for i, s in enumerate(states)]
             row = self._reading(example, states, everything, source, as_text)
             if likelihoods is not None and arm.weighs:
-                logs = log_weights(likelihoods)
-                gists = [w for place, w in enumerate(logs) if place not in as_text]
+                logs = zip(everything, log_weights(likelihoods[everything]), strict=True)
+                gists = [weight for place, weight in logs if place not in as_text]
                 row = replace(row, placed=weighed(row.placed, gists))
             return [row]
         readings, weights = arm.focus.readings(likelihoods)

@@ -8,10 +8,12 @@ The bytes of one gist describe themselves (numbers are little-endian)::
     8    format     uint32   a higher number than FORMAT is refused by name
     12   length     uint32   of the header
     16   total      uint64   length of the whole
-    24   header     JSON     codec, num_layers, span, num_tokens, text, tensors, bank if it is one
+    24   header     JSON     codec, num_layers, span, num_tokens, text, tensors, bank if it is one,
+                             coarser if there are some
     64k  payloads            each begins, and the whole ends, at a multiple of 64 bytes
 
-``tensors`` maps a name to its dtype, shape and offset from the first payload. Nothing is pickled.
+``tensors`` maps a name to its dtype, shape and offset from the first payload. ``coarser`` lists
+where, from there too, the bytes of coarser states begin and end. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -112,6 +115,7 @@ def pack(state: GistState, codec: str) -> PackedState:
         num_tokens=state.num_tokens,
         text=state.text,
         bank=state.bank,
+        coarser=tuple(pack(coarser, codec) for coarser in state.coarser),
     )
 
 
@@ -133,6 +137,7 @@ def unpack(packed: PackedState, device: torch.device | str = "cpu") -> GistState
         text=packed.text,
         bank=packed.bank,
         key_group=_codec(packed.codec).key_group,
+        coarser=tuple(unpack(coarser, device) for coarser in packed.coarser),
     )
 
 
@@ -150,6 +155,8 @@ def to_bytes(packed: PackedState) -> bytes:
         }
         payloads.append(_padded(payload))
         offset += len(payloads[-1])
+    coarser = [to_bytes(state) for state in packed.coarser]
+    ends = [*accumulate(map(len, coarser), initial=offset)]
     header = json.dumps(
         {
             "codec": packed.codec,
@@ -159,11 +166,12 @@ def to_bytes(packed: PackedState) -> bytes:
             "text": packed.text,
             "tensors": specs,
             **({} if packed.bank is None else {"bank": packed.bank}),
+            **({"coarser": [*pairwise(ends)]} if coarser else {}),
         }
     ).encode()
-    total = _aligned(_PREFIX.size + len(header)) + offset
+    total = _aligned(_PREFIX.size + len(header)) + ends[-1]
     prefix = _PREFIX.pack(MAGIC, FORMAT, len(header), total)
-    return b"".join([_padded(prefix + header), *payloads])
+    return b"".join([_padded(prefix + header), *payloads, *coarser])
 
 
 def from_bytes(buffer: bytes | bytearray | memoryview) -> PackedState:
@@ -177,7 +185,11 @@ def from_bytes(buffer: bytes | bytearray | memoryview) -> PackedState:
             the right ones is for a checksum to say.
         FormatTooNew: a newer gist-rag wrote them.
     """
-    view = memoryview(buffer)
+    return _from_view(memoryview(buffer))
+
+
+def _from_view(view: memoryview, *, inner: bool = False) -> PackedState:
+    """``inner``: of a coarser state, which has none of its own."""
     if len(view) < _PREFIX.size:
         raise CorruptEntry(f"{len(view)} bytes are too few for a gist")
     magic, number, length, total = _PREFIX.unpack_from(view)
@@ -195,7 +207,13 @@ def from_bytes(buffer: bytes | bytearray | memoryview) -> PackedState:
         header = json.loads(bytes(view[_PREFIX.size : _PREFIX.size + length]))
     except (ValueError, RecursionError) as error:
         raise CorruptEntry(f"the header of a gist is not JSON: {error}") from error
-    return _parse(header, _as_tensor(view)[start:])
+    packed = _parse(header, _as_tensor(view)[start:])
+    spans = header.get("coarser", [])
+    if not spans:
+        return packed
+    if inner:
+        raise CorruptEntry("a coarser state has coarser ones of its own")
+    return replace(packed, coarser=_read_coarser(packed, spans, view[start:]))
 
 
 def num_slots(packed: PackedState) -> int:
@@ -348,6 +366,22 @@ def _read_bank(temperature: object) -> float | None:
     if isinstance(temperature, float) and 0 < temperature < math.inf:
         return temperature
     raise CorruptEntry(f"a gist's bank is read with temperature {temperature!r}, which none can be")
+
+
+def _read_coarser(
+    finest: PackedState, spans: object, payload: memoryview
+) -> tuple[PackedState, ...]:
+    states = []
+    for span in spans if isinstance(spans, list) else [spans]:
+        match span:
+            case [int(begin), int(end)] if 0 < begin < end <= len(payload):
+                states.append(_from_view(payload[begin:end], inner=True))
+            case _:
+                raise CorruptEntry("a coarser state does not lie within a gist's bytes")
+    shape = (finest.codec, finest.num_layers, finest.num_tokens)
+    if any((s.codec, s.num_layers, s.num_tokens) != shape for s in states):
+        raise CorruptEntry("a coarser state is not of the same passage")
+    return tuple(states)
 
 
 def _is_size(size: object) -> bool:

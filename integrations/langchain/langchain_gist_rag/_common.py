@@ -101,6 +101,10 @@ class GistModel(BaseLanguageModel[Any], ABC):
     expand: float | None = Field(default=None, ge=0)
     """Entropy of an answer's first token, in nats, from which on the passage that matters most is
     read as text after all; ``None`` for never."""
+    budget: int | str | None = None
+    """What the gists of a prompt may take together: a number of slots, or as in ``"16x"`` or
+    ``"2.5MB"``. Passages that were compressed at several ratios (``settings={"coarser": [...]}``)
+    are then read the finer, the more they matter. ``None``: no limit."""
     dtype: str | None = None
     """Of the model's weights, for example ``"bfloat16"``."""
     device: str | None = None

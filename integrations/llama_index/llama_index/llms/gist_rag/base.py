@@ -121,6 +121,12 @@ class GistLLM(FunctionCallingLLM):
         description="Entropy of an answer's first token, in nats, from which on the passage that "
         "matters most is read as text after all.",
     )
+    budget: int | str | None = Field(
+        default=None,
+        description="What the gists of a prompt may take together: a number of slots, or as in "
+        "'16x' or '2.5MB'. Passages that were compressed at several ratios "
+        "(settings={'coarser': [...]}) are then read the finer, the more they matter.",
+    )
     dtype: str | None = Field(default=None, description="Of the weights, such as 'bfloat16'.")
     device: str | None = Field(default=None, description="Where the model runs, such as 'cuda'.")
     gist_mode: GistMode = Field(
