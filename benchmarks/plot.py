@@ -32,7 +32,7 @@ COLOURS = {
 }
 
 
-MARKS = {"as text": "--^", "weighed": "-P", ", ": "--o"}
+MARKS = {"as text": "--^", "budget": "-s", "weighed": "-P", ", ": "--o"}
 HOW = {"": "", "*": "weighed"}
 """Readings that are drawn; the others are in the tables."""
 
@@ -52,12 +52,15 @@ def draw_quality(results: list[dict[str, Any]]) -> None:
         for result in (r for r in results if r["meta"]["passages"] == count):
             for arm, scores in result["arms"].items():
                 read = Arm.parse(arm, result["meta"]["ratio"])
-                name, ratio = read.name, read.ratio
+                name, ratio = read.name, read.ratios[0] if read.ratios else 0.0
+                if read.budget:
+                    ratio = scores["source_tokens"] / scores["kv_slots"]
                 if name in COLOURS and ratio and read.how in HOW:
                     meta, parts = result["meta"], [name]
                     if name == meta["compressor"] and not read.how:  # else the README says it
                         parts += [meta["settings"].get("preset", ""), meta.get("codec") or ""]
-                    parts += [HOW[read.how], f"{read.expanded} as text" if read.expanded else ""]
+                    parts += [HOW[read.how], "with a budget" if read.budget else ""]
+                    parts += [f"{read.expanded} as text" if read.expanded else ""]
                     label = ", ".join(filter(None, parts))
                     point = (ratio, scores["m_norm"])
                     bounds = (scores["m_norm_low"], scores["m_norm_high"])

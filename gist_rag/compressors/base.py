@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -209,9 +209,15 @@ class Compressor(nn.Module):
         """Longest passage that can be compressed, in tokens."""
         return self.backbone.max_positions
 
-    def set_ratio(self, ratio: float) -> None:
-        """Compress at another ratio from now on; the fingerprint changes with it."""
-        self.config = type(self.config).model_validate({**dict(self.config), "ratio": ratio})
+    def set_ratio(self, ratio: float, *coarser: float) -> None:
+        """Compress at another ratio from now on, perhaps at ``coarser`` ones besides (see
+        ``NestedConfig``); the fingerprint changes with it.
+
+        Raises:
+            BadInput: the method cannot do that.
+        """
+        nested = {"coarser": coarser} if coarser or isinstance(self.config, NestedConfig) else {}
+        self.config = make_config(self, {**dict(self.config), "ratio": ratio, **nested})
 
     # ---- the shared path
 
@@ -455,6 +461,24 @@ class TrainedCompressor(Compressor):
 
     def adapted(self, rows: Tensor | None = None) -> AbstractContextManager[None]:
         return self.lora.active(rows if self.config.adapt == "gists" else None)
+
+
+def make_config(
+    method: Compressor | type[Compressor], settings: Mapping[str, Any]
+) -> CompressorConfig:
+    """A method's settings, checked.
+
+    Raises:
+        BadInput: a setting that the method does not have, or a value that it refuses.
+    """
+    try:
+        return method.Config.model_validate(settings)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})"
+            for e in error.errors()
+        )
+        raise BadInput(f"settings of {method.name}: {faults}") from error
 
 
 def nested(levels: Sequence[GistState]) -> GistState:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from gist_rag.backbone import Backbone
 from gist_rag.compressors.attention_matching import AttentionMatching
 from gist_rag.compressors.autoencoding import Autoencoding
-from gist_rag.compressors.base import Compressor, read_document
+from gist_rag.compressors.base import Compressor, make_config, read_document
 from gist_rag.compressors.full import Full
 from gist_rag.compressors.gist_coco import GistCoco
 from gist_rag.compressors.gist_pool import GistPool
@@ -55,7 +52,8 @@ def make_compressor(
     ``save_pretrained`` wrote.
 
     Args:
-        settings: config fields by name; of trained ones, which bring their own, the ``ratio`` only.
+        settings: config fields by name; of trained ones, which bring their own, only ``ratio`` and
+            ``coarser``.
 
     Raises:
         UnknownCompressor: none of these.
@@ -63,9 +61,7 @@ def make_compressor(
     """
     given = dict(settings or {})
     if method := COMPRESSORS.get(str(name)):
-        with _named_faults(method.name):
-            config = method.Config.model_validate(given)
-        return method(backbone, config)
+        return method(backbone, make_config(method, given))
     ships = str(name) in shipped()
     folder = SHIPPED / name if ships else Path(name)
     if not folder.is_dir():
@@ -76,29 +72,15 @@ def make_compressor(
     method_name = str(read_document(folder)["name"])
     if method_name not in COMPRESSORS:
         raise UnknownCompressor(f"{name} holds {method_name!r}, which this gist-rag does not know")
-    ratio = given.pop("ratio", None)
+    ratio, coarser = given.pop("ratio", None), given.pop("coarser", ())
     if given:
         raise BadInput(f"{name} brings its own settings; leave out {', '.join(given)}")
     compressor = COMPRESSORS[method_name].from_pretrained(folder, backbone)
     if ships:
         compressor.folder = str(name)
-    if ratio is not None:
-        with _named_faults(method_name):
-            compressor.set_ratio(ratio)
+    if ratio is not None or coarser:
+        compressor.set_ratio(compressor.config.ratio if ratio is None else ratio, *coarser)
     return compressor
-
-
-@contextmanager
-def _named_faults(method: str) -> Iterator[None]:
-    """Say which settings a method refuses."""
-    try:
-        yield
-    except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})"
-            for e in error.errors()
-        )
-        raise BadInput(f"settings of {method}: {faults}") from error
 
 
 def shipped() -> list[str]:

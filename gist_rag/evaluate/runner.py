@@ -33,6 +33,7 @@ from gist_rag.backbone import Backbone, Context, Local, Prefix
 from gist_rag.budget import Budget
 from gist_rag.compose import DEFAULT_POSITIONS, Placed, Positions, arrange, compose, weighed
 from gist_rag.compressors import COMPRESSORS, DEFAULT_COMPRESSOR, Compressor, make_compressor
+from gist_rag.compressors.base import NestedConfig, nested
 from gist_rag.errors import BadInput
 from gist_rag.evaluate import metrics
 from gist_rag.evaluate.environment import ENVIRONMENT, environment
@@ -269,22 +270,21 @@ def _figures(arm: _FieldScores, closed: _FieldScores, full: _FieldScores) -> dic
 
 @dataclass(frozen=True)
 class Arm:
-    """``name@ratio``, perhaps with ``coarser`` ratios and the ``budget`` that chooses among them,
+    """``name@ratio``, or of several ``ratios`` with the ``budget`` that chooses among them; perhaps
     ``how`` the ``many`` passages that matter most are read, and of how many the text is read
-    (``expanded``)."""
+    (``expanded``). No ``ratios``: its own."""
 
     name: str
-    ratio: float | None
+    ratios: tuple[float, ...]
     how: str = ""
     many: int = 0
     expanded: int = 0
-    coarser: tuple[float, ...] = ()
     budget: Budget | None = None
 
     @classmethod
     def parse(cls, text: str, ratio: float) -> Self:
         """From its text, with the ratio of those that name none; trained compressors then have
-        their own, ``None``.
+        their own.
 
         Raises:
             BadInput: no ratio, or no number of passages, where there should be one; passages to be
@@ -306,11 +306,10 @@ class Arm:
             raise BadInput(f"arm {text!r} reads 0 passages; give 1 or more")
         arm = cls(
             name,
-            ratios[0] if ratios else ratio if name in UNTRAINED else None,
+            tuple(ratios) or ((ratio,) if name in UNTRAINED else ()),
             how or weigh,
             int(many or 0),
             int(expanded or 0),
-            tuple(ratios[1:]),
             Budget.parse(budget) if budget else None,
         )
         if arm.chooses and name in TEXT_ARMS:
@@ -340,10 +339,10 @@ class Arm:
     @property
     def gists(self) -> _Gists:
         """Which gists it reads, some or all of them."""
-        return self.name, self.ratio, self.coarser
+        return self.name, self.ratios
 
 
-_Gists: TypeAlias = tuple[str, float | None, tuple[float, ...]]
+_Gists: TypeAlias = tuple[str, tuple[float, ...]]
 _States: TypeAlias = dict[_Gists, list[GistState]]
 
 
@@ -354,19 +353,27 @@ class _Arms:
         self.backbone = backbone
         self.config = config
         self.reader = reader
-        self.arms = {text: Arm.parse(text, config.ratio) for text in config.all_arms}
-        gists = {a.gists: a for a in self.arms.values() if a.name not in TEXT_ARMS}
-        self.compressors = {key: self._compressor(arm) for key, arm in gists.items()}
+        arms = {text: Arm.parse(text, config.ratio) for text in config.all_arms}
+        names = dict.fromkeys(a.name for a in arms.values() if a.name not in TEXT_ARMS)
+        self.compressors = {name: self._compressor(name) for name in names}
+        self.arms = {text: self._settled(arm) for text, arm in arms.items()}
         self._prefixes: dict[str, Prefix] = {}
         self._likeness = Likeness.of(named_judge(config.judge))
 
-    def _compressor(self, arm: Arm) -> Compressor:
-        if arm.name == "reuse":
+    def _compressor(self, name: str) -> Compressor:
+        if name == "reuse":
             return make_compressor("full", self.backbone)
-        own = self.config.settings if arm.name == self.config.compressor else {}
-        ratio = {} if arm.ratio is None else {"ratio": arm.ratio}
-        coarser = {"coarser": arm.coarser} if arm.coarser else {}
-        return make_compressor(arm.name, self.backbone, {**ratio, **coarser, **own})
+        own = self.config.settings if name == self.config.compressor else {}
+        return make_compressor(name, self.backbone, own)
+
+    def _settled(self, arm: Arm) -> Arm:
+        """With ratios that its compressor takes, where it has one."""
+        if arm.name in TEXT_ARMS:
+            return arm
+        compressor = self.compressors[arm.name]
+        own = () if arm.name == "reuse" else arm.ratios
+        compressor.set_ratio(*(own or (compressor.config.ratio,)))
+        return replace(arm, ratios=own or (compressor.config.ratio,))
 
     def readings(self, example: Example, names: Sequence[str]) -> dict[str, list[_Reading]]:
         """Per arm, what a question reads: one prompt, or several that answer together."""
@@ -381,8 +388,7 @@ class _Arms:
                 found = judged[arm.gists] if arm.chooses else None
                 out[name] = self._gists(example, states[arm.gists], source, arm, found)
             elif arm.name == "truncated":
-                assert arm.ratio is not None
-                cut = [max(1, round(len(i) / arm.ratio)) for i in ids]
+                cut = [max(1, round(len(i) / arm.ratios[0])) for i in ids]
                 texts = [self._text(i[:n]) for i, n in zip(ids, cut, strict=True)]
                 out[name] = [self._plain(example.question, texts, sum(cut), source)]
             elif arm.name == "full":
@@ -392,18 +398,27 @@ class _Arms:
         return out
 
     def _states(self, ids: Sequence[Tensor], wanted: Set[_Gists]) -> _States:
+        """Gists of each kind; those that differ in their ratios only come from one pass where the
+        method can do that."""
         shared: Tensor | None = None
-        out = {}
-        for key, compressor in self.compressors.items():
-            if key not in wanted:
-                continue
-            if compressor.reads_tokens_only:
-                shared = compressor.encode(ids) if shared is None else shared
-                out[key] = compressor.distil(shared, ids)
-            else:
-                out[key] = compressor.compress(ids)
-            if codec := self.config.codec:
-                out[key] = [unpack(pack(s, codec), self.backbone.device) for s in out[key]]
+        out: _States = {}
+        for name, compressor in self.compressors.items():
+            asked = [gists for gists in wanted if gists[0] == name]
+            passes = {ratios for _, ratios in asked}
+            if isinstance(compressor.config, NestedConfig) and asked:
+                passes = {tuple(sorted(set().union(*passes)))}
+            for ratios in passes:
+                compressor.set_ratio(*ratios)
+                if compressor.reads_tokens_only:
+                    shared = compressor.encode(ids) if shared is None else shared
+                    states = compressor.distil(shared, ids)
+                else:
+                    states = compressor.compress(ids)
+                if codec := self.config.codec:
+                    states = [unpack(pack(s, codec), self.backbone.device) for s in states]
+                for gists in asked:
+                    if set(gists[1]) <= set(ratios):
+                        out[gists] = [_only(s, ratios, gists[1]) for s in states]
         return out
 
     def _text(self, ids: Tensor) -> str:
@@ -508,6 +523,12 @@ class _Arms:
         following = [next(rest) if p is None else self.backbone.tokenize(p) for p in pieces]
         placed, text = arrange(following, len(prefix), positions or self.config.positions)
         return _Reading(prefix, placed, text, slots, source)
+
+
+def _only(state: GistState, ratios: Sequence[float], wanted: Sequence[float]) -> GistState:
+    """A state at some of its ratios."""
+    levels = zip(ratios, (state, *state.coarser), strict=True)
+    return nested([level for ratio, level in levels if ratio in wanted])
 
 
 def _predict(
