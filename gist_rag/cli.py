@@ -17,7 +17,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, cast
 
 import typer
 from rich.console import Console
@@ -118,7 +118,7 @@ def precompute(
                 compressor=compressor,
                 settings=_given(
                     ratio=ratio,
-                    coarser=None if coarser is None else coarser.split(","),
+                    coarser=_numbers("--coarser", coarser, float) or None,
                     preset=preset,
                     refine_steps=refine_steps,
                 ),
@@ -392,13 +392,9 @@ def ttft(
     with _reported(as_json):
         from gist_rag.evaluate.ttft import bench_ttft
 
-        try:
-            counts = [int(count) for count in passages.split(",")]
-        except ValueError:
-            raise BadInput(f"--passages is {passages!r}; give numbers, as in 1,2,5") from None
         with _loading(model) as say:
             result = bench_ttft(
-                counts,
+                _numbers("--passages", passages, int),
                 model=model,
                 ratio=ratio,
                 dtype=dtype,
@@ -417,6 +413,7 @@ def precompute_cost(
     ] = None,
     model: Model = DEFAULT_RAG_MODEL,
     ratio: Annotated[float, typer.Option(help="Tokens per kept slot.")] = 8.0,
+    coarser: Coarser = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
@@ -426,7 +423,12 @@ def precompute_cost(
 
         with _loading(model):
             result = bench_precompute(
-                passages, compressors=compressor or (), model=model, ratio=ratio, dtype=dtype
+                passages,
+                compressors=compressor or (),
+                model=model,
+                ratio=ratio,
+                coarser=_numbers("--coarser", coarser, float),
+                dtype=dtype,
             )
         _show_rows(result, as_json)
 
@@ -623,6 +625,17 @@ def _earlier_result(path: Path) -> dict[str, Any]:
     except ValueError:
         pass
     raise BadInput(f"{path} is no result of evaluate; give another --out, or leave --resume out")
+
+
+N = TypeVar("N", int, float)
+
+
+def _numbers(option: str, text: str | None, kind: Callable[[str], N]) -> list[N]:
+    """Of an option that takes several, with commas between them."""
+    try:
+        return [kind(number) for number in text.split(",")] if text else []
+    except ValueError:
+        raise BadInput(f"{option} is {text!r}; give numbers, as in 8,16") from None
 
 
 def _given(**options: object) -> dict[str, object]:

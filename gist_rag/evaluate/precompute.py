@@ -26,6 +26,7 @@ def bench_precompute(
     compressors: Sequence[str] = (),
     model: str = DEFAULT_MODEL,
     ratio: float = 8.0,
+    coarser: Sequence[float] = (),
     dtype: str | None = None,
 ) -> dict[str, Any]:
     """Medians over passages of the shipped sample, one at a time, presets and prefill interleaved.
@@ -33,6 +34,7 @@ def bench_precompute(
     Args:
         passages: how many to time, after one that warms up.
         compressors: names or folders that are timed beside the presets.
+        coarser: further ratios; ``balanced`` is then timed with them, too.
 
     Raises:
         BadInput: more passages than the sample has.
@@ -45,6 +47,9 @@ def bench_precompute(
     for preset in PRESETS:
         settings = {"ratio": ratio, "preset": preset}
         arms[preset] = make_compressor("attention_matching", backbone, settings)
+    if coarser:
+        settings = {"ratio": ratio, "coarser": coarser}
+        arms["balanced, nested"] = make_compressor("attention_matching", backbone, settings)
     for name in compressors:
         arms[name] = make_compressor(name, backbone, {"ratio": ratio})
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -63,6 +68,7 @@ def bench_precompute(
         "meta": {
             "model": model,
             "ratio": ratio,
+            "coarser": list(coarser),
             "dtype": str(backbone.dtype),
             "passages": passages,
             "median_tokens": statistics.median(tokens[1:]),
