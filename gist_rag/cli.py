@@ -383,6 +383,10 @@ def ttft(
     passages: Annotated[str, typer.Option(help="Passages per prompt, as in 1,2,5.")] = "1,2,5,10",
     model: Model = DEFAULT_RAG_MODEL,
     ratio: Annotated[float, typer.Option(help="Tokens per kept slot.")] = 8.0,
+    coarser: Coarser = None,
+    budget: Annotated[
+        str | None, typer.Option(help="What weighed passages may take: 400 (slots), 16x or 2.5MB.")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Timed prompts per row and arm.")] = 5,
     apart: Annotated[int, typer.Option(min=1, help="Passages that answer, read apart.")] = 3,
     dtype: Dtype = None,
@@ -397,6 +401,8 @@ def ttft(
                 _numbers("--passages", passages, int),
                 model=model,
                 ratio=ratio,
+                coarser=_numbers("--coarser", coarser, float),
+                budget=budget,
                 dtype=dtype,
                 repeats=repeats,
                 apart=apart,

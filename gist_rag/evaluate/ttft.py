@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from gist_rag.budget import make_budget
 from gist_rag.engine import GistEngine
 from gist_rag.errors import BadInput
 from gist_rag.evaluate.environment import environment
@@ -28,6 +29,8 @@ def bench_ttft(
     *,
     model: str = DEFAULT_MODEL,
     ratio: float = 8.0,
+    coarser: Sequence[float] = (),
+    budget: str | None = None,
     codec: str = "bf16",
     dtype: str | None = None,
     repeats: int = 5,
@@ -46,6 +49,8 @@ def bench_ttft(
         repeats: timed prompts per row and arm, after one that warms up.
         apart: passages that answer where they are read apart, see ``focus.Focus``.
         judge: who weighs passages, see ``engine.GistEngine``.
+        coarser, budget: further ratios, and what weighed passages may take together; the other arms
+            read ``ratio``.
 
     Raises:
         BadInput: more passages than the sample has.
@@ -55,11 +60,15 @@ def bench_ttft(
         raise BadInput(f"passages must be 1 to {len(sample)} and repeats 1 or more")
     with tempfile.TemporaryDirectory() as folder, GistStore.open(folder, memory_bytes=0) as store:
         engine = GistEngine.from_pretrained(
-            model, store, settings={"ratio": ratio}, codec=codec, dtype=dtype
+            model,
+            store,
+            settings={"ratio": ratio, "coarser": coarser},
+            codec=codec,
+            dtype=dtype,
         )
         like = partial(GistEngine, engine.backbone, engine.compressor, reader=engine.reader)
         empty = like()
-        weighing = like(store, codec=codec, judge=named_judge(judge))
+        weighing = like(store, codec=codec, judge=named_judge(judge), budget=make_budget(budget))
         parted = like(store, codec=codec, focus=Focus(apart, apart=True))
         if progress:
             progress(f"compressing {max(passages)} passages")
@@ -90,6 +99,8 @@ def bench_ttft(
         "meta": {
             "model": model,
             "ratio": ratio,
+            "coarser": list(coarser),
+            "budget": budget,
             "codec": codec,
             "dtype": str(engine.backbone.dtype),
             "repeats": repeats,
@@ -124,5 +135,7 @@ def _row(count: int, runs: dict[str, list[Answer]]) -> dict[str, Any]:
         "load_ms": round(median("gist", "fetch_ms"), 2),
         "compose_ms": round(median("gist", "compose_ms"), 2),
         "read_ms": round(median("gist", "read_ms"), 2),
+        "gist_slots": round(median("gist", "gist_slots")),
+        "weighed_slots": round(median("weighed", "gist_slots")),
         "bytes": round(median("gist", "num_bytes")),
     }

@@ -295,6 +295,14 @@ def test_ttft_rows_have_all_parts(tiny_model_folder: Path) -> None:
         assert row["speedup"] == pytest.approx(row["ttft_text_ms"] / row["ttft_gist_ms"], rel=0.05)
 
 
+def test_ttft_of_a_budget_reads_fewer_slots(tiny_model_folder: Path) -> None:
+    [row] = bench_ttft(
+        [3], model=str(tiny_model_folder), ratio=4, coarser=[16], budget="8x", repeats=1
+    )["results"]
+    assert row["gist_slots"] == pytest.approx(row["source_tokens"] / 4, rel=0.05)
+    assert row["weighed_slots"] <= row["source_tokens"] / 8 + 1.5
+
+
 def test_a_trained_arm_has_its_own_ratio_unless_another_is_named(
     tiny_model_folder: Path, backbone: Backbone, tmp_path: Path
 ) -> None:
