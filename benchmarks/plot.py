@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-from gist_rag.evaluate.runner import Arm
+from gist_rag.evaluate.config import Arm
 
 mpl.use("Agg")
 mpl.rcParams["svg.hashsalt"] = "gist-rag"  # the same files give the same picture

@@ -292,7 +292,7 @@ def evaluate(
     with _reported(as_json=False):
         from pydantic import ValidationError
 
-        from gist_rag.evaluate.runner import EvaluateConfig
+        from gist_rag.evaluate.config import EvaluateConfig
         from gist_rag.evaluate.runner import evaluate as run
 
         if not out.parent.is_dir() or out.is_dir():

@@ -1,97 +1,38 @@
 """``evaluate``: the same questions through every arm, scored in three ways that must agree.
 
-Arms are ``closed`` (no passages), ``full`` (text), ``truncated`` (text cut to the same number of
-slots), ``reuse`` (uncompressed gists) and compressors, each ``name`` or ``name@ratio``; or
-``name@8-16-32/16x``, compressed at several ratios and read within a budget (``gist_rag.budget``).
-Behind it may stand what is done with the ``n`` passages that matter most (``gist_rag.focus``):
-``:n`` reads them alone of all, ``~n`` reads each of them apart, ``^n`` does so and reads all
-together besides; ``*`` instead reads all together, each with its weight; and last, ``+n`` has them
-as text, of passages read apart where they stand alone. Who judges what matters is the config's
-``judge``. Each prediction says in what ``doubt`` it was made, so that a threshold can be found
-afterwards.
-
 Scores are the gold answer's NLL per token, the share of questions whose gold answer is likelier per
 token than nine others (``choice``), and what a greedy answer contains; a probe adds its own.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from gist_rag.backbone import Backbone, Context, Local, Prefix
-from gist_rag.budget import Budget
-from gist_rag.compose import DEFAULT_POSITIONS, Placed, Positions, arrange, compose, weighed
-from gist_rag.compressors import COMPRESSORS, DEFAULT_COMPRESSOR, Compressor, make_compressor
+from gist_rag.compose import Placed, Positions, arrange, compose, weighed
+from gist_rag.compressors import Compressor, make_compressor
 from gist_rag.compressors.base import NestedConfig, nested
 from gist_rag.errors import BadInput
 from gist_rag.evaluate import metrics
-from gist_rag.evaluate.environment import ENVIRONMENT, environment
+from gist_rag.evaluate.config import TEXT_ARMS, Arm, EvaluateConfig, Gists
 from gist_rag.evaluate.probes import make_probe
+from gist_rag.evaluate.result import Result, describe
 from gist_rag.evaluate.tasks import Example, Task, load_task
-from gist_rag.focus import APART, TOGETHER, Focus, best, log_likelihoods, log_weights
-from gist_rag.likeness import LIKELIHOOD, Likeness, named_judge
+from gist_rag.focus import APART, best, log_likelihoods, log_weights
+from gist_rag.likeness import Likeness, named_judge
 from gist_rag.mixture import Mixture
-from gist_rag.models import DEFAULT_RAG_MODEL
 from gist_rag.prompt import Known, question_of, rag_messages, rag_pieces, rag_segments
 from gist_rag.reader import Reader, load_backbone
 from gist_rag.store import pack, unpack
 from gist_rag.types import GistState, Passage
 
-TEXT_ARMS = ("closed", "full", "truncated")
-UNTRAINED = {*TEXT_ARMS, "reuse", *COMPRESSORS}
-"""Arms that have no ratio of their own."""
 GROUP = 16
 """Questions whose answers are generated together."""
-
-
-class EvaluateConfig(BaseModel):
-    """What to run; written into the result."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    task: Path | None = None
-    probe: str | None = None
-    compressor: str = DEFAULT_COMPRESSOR
-    ratio: float = Field(default=8.0, ge=1)
-    passages: int = Field(default=1, ge=1)
-    limit: int = Field(default=100, ge=1)
-    seed: int = 0
-    model: str = DEFAULT_RAG_MODEL
-    reader: str | None = None
-    judge: str = LIKELIHOOD
-    codec: str | None = None
-    dtype: str | None = None
-    settings: dict[str, Any] = Field(default_factory=dict)
-    arms: tuple[str, ...] = ()
-    positions: Positions = DEFAULT_POSITIONS
-
-    @property
-    def all_arms(self) -> tuple[str, ...]:
-        """The arms asked for, with the two references that every number is set against."""
-        chosen = self.arms or ("truncated", "reuse", "strided", self.compressor)
-        return tuple(dict.fromkeys(("closed", "full", *chosen)))
-
-    def joined(self, before: Mapping[str, Any]) -> Self:
-        """With the questions and arms of an earlier result besides its own."""
-        earlier = before["predictions"]
-        return self.model_copy(
-            update={
-                "limit": max(self.limit, len({p["id"] for p in earlier})),
-                "arms": (*self.all_arms, *(p["arm"] for p in earlier)),
-            }
-        )
-
 
 Progress = Callable[[int, int], None]
 
@@ -134,7 +75,9 @@ def evaluate(
     task = _task(config)
     examples = task.examples
     backbone, reader = load_backbone(config.model, config.reader, dtype=config.dtype)
-    result = _Result(_meta(config, backbone), config.all_arms, [e.id for e in examples], before)
+    result = Result(
+        describe(config, backbone.fingerprint), config.all_arms, [e.id for e in examples], before
+    )
     arms = _Arms(backbone, config, reader)
     for first in range(0, len(examples), GROUP):
         group = examples[first : first + GROUP]
@@ -152,82 +95,6 @@ def evaluate(
     return result.written()
 
 
-COMPARABLE = (*(set(EvaluateConfig.model_fields) - {"arms", "limit", "dtype"}), "model_fingerprint")
-"""What two runs must have in common for their predictions to stand in one result."""
-ORIGIN = ("limit", "dtype", *ENVIRONMENT)
-"""What a result says of each earlier run that it goes on with."""
-
-
-class _Result:
-    """Predictions by question and arm, those of an earlier run among them.
-
-    Raises:
-        BadInput: the earlier run differs in more than arms and number of questions, or a question
-            comes twice.
-    """
-
-    def __init__(
-        self,
-        meta: Mapping[str, Any],
-        arms: Sequence[str],
-        ids: Sequence[str],
-        before: Mapping[str, Any] | None,
-    ) -> None:
-        if len(set(ids)) < len(ids):
-            raise BadInput(f"question {Counter(ids).most_common(1)[0][0]!r} comes twice")
-        self._meta, self._arms, self._ids = dict(meta), arms, ids
-        self._predictions: dict[tuple[str, str], dict[str, Any]] = {}
-        if before:
-            old = {**EvaluateConfig().model_dump(mode="json"), **before["meta"]}
-            if differing := sorted(k for k in COMPARABLE if meta.get(k) != old.get(k)):
-                told = ", ".join(f"{k} {old.get(k)!r}, not {meta.get(k)!r}" for k in differing)
-                raise BadInput(f"the result to go on with has {told}")
-            self.add(before["predictions"])
-            if lost := {id for id, _ in self._predictions} - set(ids):
-                raise BadInput(
-                    f"the result to go on with has {len(lost)} questions that the task has not"
-                )
-            origin = {k: old[k] for k in ORIGIN if k in old}
-            self._meta["before"] = [*old.get("before", ()), origin]
-
-    def missing(self, id: str) -> list[str]:
-        """Arms in which a question has not been asked yet."""
-        return [arm for arm in self._arms if (id, arm) not in self._predictions]
-
-    def add(self, predictions: Sequence[dict[str, Any]]) -> None:
-        self._predictions |= {(p["id"], p["arm"]): p for p in predictions}
-
-    def written(self) -> dict[str, Any]:
-        """The result so far; its figures are those of questions that all arms have answered."""
-        whole = {id for id in self._ids if not self.missing(id)}
-        kept = [
-            self._predictions[id, arm]
-            for id in self._ids
-            for arm in self._arms
-            if (id, arm) in self._predictions
-        ]
-        figures = summarise([p for p in kept if p["id"] in whole])
-        return {"meta": self._meta, "arms": figures, "predictions": kept}
-
-
-def summarise(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means and shares of the context's benefit per arm."""
-    arms: dict[str, dict[str, metrics.Scores]] = {}
-    for name in dict.fromkeys(p["arm"] for p in predictions):
-        rows = [p for p in predictions if p["arm"] == name]
-        arms[name] = {
-            field: np.array([row[field] for row in rows], dtype=np.float64)
-            for field in ("nll", "choice", "em", "contains", "f1", "kv_slots", "source_tokens")
-        }
-    return {
-        name: {
-            **_figures(scores, arms["closed"], arms["full"]),
-            **_further([p.get("scores", {}) for p in predictions if p["arm"] == name]),
-        }
-        for name, scores in arms.items()
-    }
-
-
 def _task(config: EvaluateConfig) -> Task:
     """The questions that a config asks for."""
     chosen: dict[str, int] = {
@@ -240,110 +107,7 @@ def _task(config: EvaluateConfig) -> Task:
     return Task(load_task(config.task, **chosen))
 
 
-def _further(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """``{"scores": ...}``: the mean of each further score over the questions that have it."""
-    names = dict.fromkeys(name for row in scores for name in row)
-    means = {name: float(np.mean([row[name] for row in scores if name in row])) for name in names}
-    return {"scores": {name: round(mean, 4) for name, mean in means.items()}} if means else {}
-
-
-_FieldScores = dict[str, metrics.Scores]
-
-
-def _figures(arm: _FieldScores, closed: _FieldScores, full: _FieldScores) -> dict[str, Any]:
-    """Means of one arm, and the shares of the context's benefit that it keeps."""
-
-    def kept(field: str) -> float:
-        return round(metrics.kept(arm[field], closed[field], full[field]), 4)
-
-    low, high = metrics.bootstrap(arm["nll"], closed["nll"], full["nll"])
-    return {
-        "n": len(arm["nll"]),
-        **{field: round(float(values.mean()), 4) for field, values in arm.items()},
-        "m_norm": kept("nll"),
-        "m_norm_low": round(low, 4),
-        "m_norm_high": round(high, 4),
-        "m_norm_choice": kept("choice"),
-        "m_norm_f1": kept("f1"),
-    }
-
-
-@dataclass(frozen=True)
-class Arm:
-    """``name@ratio``, or of several ``ratios`` with the ``budget`` that chooses among them; perhaps
-    ``how`` the ``many`` passages that matter most are read, and of how many the text is read
-    (``expanded``). No ``ratios``: its own."""
-
-    name: str
-    ratios: tuple[float, ...]
-    how: str = ""
-    many: int = 0
-    expanded: int = 0
-    budget: Budget | None = None
-
-    @classmethod
-    def parse(cls, text: str, ratio: float) -> Self:
-        """From its text, with the ratio of those that name none; trained compressors then have
-        their own.
-
-        Raises:
-            BadInput: no ratio, or no number of passages, where there should be one; passages to be
-                chosen from those of an arm that reads no gists; or a budget for passages that do
-                not share a context.
-        """
-        form = r"(.*?)(?:@([^@/]*?)(?:/(\w+))?)?(?:([:~^])(\d+)|(\*))?(?:\+(\d+))?"
-        found = re.fullmatch(form, text, re.S)
-        assert found is not None
-        name, given, budget, how, many, weigh, expanded = found.groups("")
-        try:
-            ratios = [float(r) for r in given.split("-")] if given else []
-        except ValueError as error:
-            raise BadInput(
-                f"arm {text!r} is not name, name@ratio or name@ratio-ratio/budget, perhaps with "
-                ":n, ~n, ^n or * behind it, and then with +n"
-            ) from error
-        if many == "0":
-            raise BadInput(f"arm {text!r} reads 0 passages; give 1 or more")
-        arm = cls(
-            name,
-            tuple(ratios) or ((ratio,) if name in UNTRAINED else ()),
-            how or weigh,
-            int(many or 0),
-            int(expanded or 0),
-            Budget.parse(budget) if budget else None,
-        )
-        if arm.chooses and name in TEXT_ARMS:
-            raise BadInput(f"arm {text!r}: {name} reads no gists to choose from")
-        if arm.budget and arm.focus:
-            raise BadInput(f"arm {text!r}: a budget is of passages that are all read together")
-        return arm
-
-    @property
-    def chooses(self) -> bool:
-        """Whether it asks which passages matter."""
-        return bool(self.how or self.expanded or self.budget)
-
-    @property
-    def focus(self) -> Focus | None:
-        """What it reads of its passages; ``None`` for all, together."""
-        if self.how in ("", "*"):
-            return None
-        together = TOGETHER if self.how == "^" else 0.0
-        return Focus(self.many, apart=self.how != ":", together=together)
-
-    @property
-    def weighs(self) -> bool:
-        """Whether passages have weights of their own."""
-        return self.how == "*"
-
-    @property
-    def gists(self) -> _Gists:
-        """Which gists it reads, some or all of them."""
-        return self.name, self.ratios
-
-
-_Gists: TypeAlias = tuple[str, tuple[float, ...]]
-_States: TypeAlias = dict[_Gists, list[GistState]]
+_States: TypeAlias = dict[Gists, list[GistState]]
 
 
 class _Arms:
@@ -356,7 +120,8 @@ class _Arms:
         arms = {text: Arm.parse(text, config.ratio) for text in config.all_arms}
         names = dict.fromkeys(a.name for a in arms.values() if a.name not in TEXT_ARMS)
         self.compressors = {name: self._compressor(name) for name in names}
-        self.arms = {text: self._settled(arm) for text, arm in arms.items()}
+        own = {name: (c.config.ratio,) for name, c in self.compressors.items()}
+        self.arms = {text: self._settled(arm, own.get(arm.name, ())) for text, arm in arms.items()}
         self._prefixes: dict[str, Prefix] = {}
         self._likeness = Likeness.of(named_judge(config.judge))
 
@@ -366,14 +131,13 @@ class _Arms:
         own = self.config.settings if name == self.config.compressor else {}
         return make_compressor(name, self.backbone, own)
 
-    def _settled(self, arm: Arm) -> Arm:
-        """With ratios that its compressor takes, where it has one."""
+    def _settled(self, arm: Arm, own: tuple[float, ...]) -> Arm:
+        """With ratios that its compressor takes, where it has one; ``own``, if it names none."""
         if arm.name in TEXT_ARMS:
             return arm
-        compressor = self.compressors[arm.name]
-        own = () if arm.name == "reuse" else arm.ratios
-        compressor.set_ratio(*(own or (compressor.config.ratio,)))
-        return replace(arm, ratios=own or (compressor.config.ratio,))
+        ratios = own if arm.name == "reuse" else arm.ratios or own
+        self.compressors[arm.name].set_ratio(*ratios)
+        return replace(arm, ratios=ratios)
 
     def readings(self, example: Example, names: Sequence[str]) -> dict[str, list[_Reading]]:
         """Per arm, what a question reads: one prompt, or several that answer together."""
@@ -397,7 +161,7 @@ class _Arms:
                 out[name] = [self._plain(example.question, (), 0, source)]
         return out
 
-    def _states(self, ids: Sequence[Tensor], wanted: Set[_Gists]) -> _States:
+    def _states(self, ids: Sequence[Tensor], wanted: Set[Gists]) -> _States:
         """Gists of each kind; those that differ in their ratios only come from one pass where the
         method can do that."""
         shared: Tensor | None = None
@@ -477,9 +241,7 @@ class _Arms:
         kept = {n: states[i] for n, i in enumerate(places) if i not in as_text}
         return self._mixed(example, kept, source, positions)
 
-    def _judged(
-        self, example: Example, states: _States, wanted: Set[_Gists]
-    ) -> dict[_Gists, Tensor]:
+    def _judged(self, example: Example, states: _States, wanted: Set[Gists]) -> dict[Gists, Tensor]:
         """How much each passage has to do with the question, ``(P,)`` in nats, for the gists of
         those arms that ask; an embedder judges texts, so it says the same for all."""
         if self._likeness is None or not wanted:
@@ -615,13 +377,3 @@ def _log_probs(
         sums.append(logits[rows, target.to(logits.device)].sum())
         at += len(target) - 1
     return torch.stack(sums).cpu()
-
-
-def _meta(config: EvaluateConfig, backbone: Backbone) -> dict[str, Any]:
-    return {
-        **json.loads(config.model_dump_json()),
-        "task": config.task.name if config.task else None,
-        "model_fingerprint": backbone.fingerprint,
-        "prompt": rag_messages("{question}", ["{passages}"]),
-        **environment(),
-    }

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from gist_rag.errors import BadInput
+from gist_rag.evaluate.config import EvaluateConfig
 from gist_rag.evaluate.probes import KV_RECORDS, PROBES, make_probe
-from gist_rag.evaluate.runner import EvaluateConfig, evaluate
+from gist_rag.evaluate.runner import evaluate
 from gist_rag.evaluate.tasks import NUM_CHOICES, Task
 
 KINDS = {

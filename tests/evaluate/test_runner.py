@@ -14,7 +14,8 @@ from gist_rag.backbone import Backbone, Local
 from gist_rag.compressors import make_compressor
 from gist_rag.errors import BadInput
 from gist_rag.evaluate import runner
-from gist_rag.evaluate.runner import EvaluateConfig, _Reading, answer_losses, evaluate
+from gist_rag.evaluate.config import EvaluateConfig
+from gist_rag.evaluate.runner import _Reading, answer_losses, evaluate
 from gist_rag.evaluate.tasks import NUM_CHOICES, load_task
 from gist_rag.evaluate.ttft import bench_ttft
 
@@ -307,8 +308,8 @@ def test_a_trained_arm_has_its_own_ratio_unless_another_is_named(
     tiny_model_folder: Path, backbone: Backbone, tmp_path: Path
 ) -> None:
     make_compressor("gisting", backbone, {"ratio": 2}).save_pretrained(tmp_path / "two")
-    arms = tuple(f"{tmp_path / 'two'}{ratio}" for ratio in ("", "@2", "@8"))
+    arms = tuple(f"{tmp_path / 'two'}{ratio}" for ratio in ("@8", "", "@2"))
     settings = {"task": QUESTIONS, "model": str(tiny_model_folder), "limit": 1, "ratio": 8}
     result = evaluate(EvaluateConfig(arms=arms, **settings))["arms"]
-    own, two, eight = (result[arm]["kv_slots"] for arm in arms)
+    eight, own, two = (result[arm]["kv_slots"] for arm in arms)
     assert own == two > 3 * eight
