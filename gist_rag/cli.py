@@ -65,11 +65,10 @@ ReaderFolder = Annotated[
     str | None, typer.Option("--reader", help="Who answers: alias or folder of a trained reader.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16, float16.")]
-Ratio = Annotated[float | None, typer.Option(help="Tokens per kept slot.")]
-Preset = Annotated[str | None, typer.Option(help="fast, balanced, thorough or best.")]
-Coarser = Annotated[
-    str | None, typer.Option(help="Further, higher ratios, as in 16,32, for --budget.")
+Ratio = Annotated[
+    str, typer.Option(help="Tokens per kept slot; or several, finest first: 4,8,16, for --budget.")
 ]
+Preset = Annotated[str | None, typer.Option(help="fast, balanced, thorough or best.")]
 RefineSteps = Annotated[int | None, typer.Option(help="Steps of refinement per passage.")]
 
 
@@ -90,8 +89,7 @@ def precompute(
     store: StoreFolder,
     model: Model = DEFAULT_RAG_MODEL,
     compressor: Method = COMPRESSOR,
-    ratio: Ratio = None,
-    coarser: Coarser = None,
+    ratio: Ratio = "",
     preset: Preset = None,
     refine_steps: RefineSteps = None,
     codec: Annotated[str, typer.Option(help="bf16, int8 or int4.")] = "bf16",
@@ -116,12 +114,8 @@ def precompute(
                 model,
                 store,
                 compressor=compressor,
-                settings=_given(
-                    ratio=ratio,
-                    coarser=_numbers("--coarser", coarser, float) or None,
-                    preset=preset,
-                    refine_steps=refine_steps,
-                ),
+                ratio=_numbers("--ratio", ratio, float) or None,
+                settings=_given(preset=preset, refine_steps=refine_steps),
                 codec=codec,
                 namespace=namespace,
             )
@@ -382,8 +376,7 @@ def train(
 def ttft(
     passages: Annotated[str, typer.Option(help="Passages per prompt, as in 1,2,5.")] = "1,2,5,10",
     model: Model = DEFAULT_RAG_MODEL,
-    ratio: Annotated[float, typer.Option(help="Tokens per kept slot.")] = 8.0,
-    coarser: Coarser = None,
+    ratio: Ratio = "8",
     budget: Annotated[
         str | None, typer.Option(help="What weighed passages may take: 400 (slots), 16x or 2.5MB.")
     ] = None,
@@ -400,8 +393,7 @@ def ttft(
             result = bench_ttft(
                 _numbers("--passages", passages, int),
                 model=model,
-                ratio=ratio,
-                coarser=_numbers("--coarser", coarser, float),
+                ratio=_numbers("--ratio", ratio, float),
                 budget=budget,
                 dtype=dtype,
                 repeats=repeats,
@@ -418,8 +410,7 @@ def precompute_cost(
         list[str] | None, typer.Option(help="Repeatable: timed beside the presets.")
     ] = None,
     model: Model = DEFAULT_RAG_MODEL,
-    ratio: Annotated[float, typer.Option(help="Tokens per kept slot.")] = 8.0,
-    coarser: Coarser = None,
+    ratio: Ratio = "8",
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
@@ -432,8 +423,7 @@ def precompute_cost(
                 passages,
                 compressors=compressor or (),
                 model=model,
-                ratio=ratio,
-                coarser=_numbers("--coarser", coarser, float),
+                ratio=_numbers("--ratio", ratio, float),
                 dtype=dtype,
             )
         _show_rows(result, as_json)

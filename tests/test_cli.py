@@ -135,7 +135,7 @@ def test_ask_reads_within_a_budget(
     run: Run, corpus: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     given = ["--corpus", corpus, "--store", tmp_path / "s", "--model", tiny_model_folder]
-    made = run("precompute", *given, "--ratio", 4, "--coarser", "8,16")
+    made = run("precompute", *given, "--ratio", "4,8,16")
     assert made.exit_code == 0, made.output
     asked = ["ask", "--store", tmp_path / "s", QUESTION, "-k", 3, "--max-tokens", 2, "--json"]
     free, tight = (
@@ -146,7 +146,7 @@ def test_ask_reads_within_a_budget(
     for budget, words in (("12y", "is not like 400"), ("0", "must be 1 or more")):
         result = run(*asked, "--budget", budget)
         assert (result.exit_code, words in result.output) == (2, True), result.output
-    result = run("precompute", *given, "--ratio", 4, "--coarser", "2")
+    result = run("precompute", *given, "--ratio", "4,2")
     assert (result.exit_code, "must rise" in result.output) == (2, True)
 
 

@@ -481,6 +481,22 @@ def make_config(
         raise BadInput(f"settings of {method.name}: {faults}") from error
 
 
+def ratio_settings(ratio: float | Sequence[float] | None) -> dict[str, Any]:
+    """Settings for a ratio, for several with the finest first, or for none in particular.
+
+    Raises:
+        BadInput: several, but none of them.
+    """
+    if ratio is None:
+        return {}
+    if isinstance(ratio, int | float):
+        return {"ratio": ratio}
+    if not ratio:
+        raise BadInput("ratio is empty; give a number, or several with the finest first")
+    finest, *coarser = ratio
+    return {"ratio": finest, "coarser": coarser} if coarser else {"ratio": finest}
+
+
 def nested(levels: Sequence[GistState]) -> GistState:
     """One passage at several ratios, the finest first, as one state."""
     return replace(levels[0], coarser=tuple(levels[1:]))

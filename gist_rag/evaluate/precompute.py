@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from gist_rag.compressors import make_compressor
+from gist_rag.compressors import DEFAULT_COMPRESSOR, make_compressor
+from gist_rag.compressors.base import ratio_settings
 from gist_rag.errors import BadInput
 from gist_rag.evaluate.environment import environment
 from gist_rag.models import DEFAULT_MODEL
@@ -25,8 +26,7 @@ def bench_precompute(
     *,
     compressors: Sequence[str] = (),
     model: str = DEFAULT_MODEL,
-    ratio: float = 8.0,
-    coarser: Sequence[float] = (),
+    ratio: float | Sequence[float] = 8.0,
     dtype: str | None = None,
 ) -> dict[str, Any]:
     """Medians over passages of the shipped sample, one at a time, presets and prefill interleaved.
@@ -34,7 +34,8 @@ def bench_precompute(
     Args:
         passages: how many to time, after one that warms up.
         compressors: names or folders that are timed beside the presets.
-        coarser: further ratios; ``balanced`` is then timed with them, too.
+        ratio: of the gists; if there are several, ``balanced`` is timed with all of them, too, and
+            the others with the finest.
 
     Raises:
         BadInput: more passages than the sample has.
@@ -42,16 +43,18 @@ def bench_precompute(
     sample = sample_passages()
     if not 1 <= passages < len(sample):
         raise BadInput(f"passages is {passages}; it must be 1 to {len(sample) - 1}")
+    settings = ratio_settings(ratio)
+    finest = settings["ratio"]
     backbone, _ = load_backbone(model, dtype=dtype)
     arms = {"prefill": make_compressor("full", backbone)}
     for preset in PRESETS:
-        settings = {"ratio": ratio, "preset": preset}
-        arms[preset] = make_compressor("attention_matching", backbone, settings)
-    if coarser:
-        settings = {"ratio": ratio, "coarser": coarser}
-        arms["balanced, nested"] = make_compressor("attention_matching", backbone, settings)
+        arms[preset] = make_compressor(
+            DEFAULT_COMPRESSOR, backbone, {"ratio": finest, "preset": preset}
+        )
+    if "coarser" in settings:
+        arms["balanced, all ratios"] = make_compressor(DEFAULT_COMPRESSOR, backbone, settings)
     for name in compressors:
-        arms[name] = make_compressor(name, backbone, {"ratio": ratio})
+        arms[name] = make_compressor(name, backbone, {"ratio": finest})
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     tokens = []
     for number, passage in enumerate(sample[: passages + 1]):
@@ -67,8 +70,7 @@ def bench_precompute(
     return {
         "meta": {
             "model": model,
-            "ratio": ratio,
-            "coarser": list(coarser),
+            **settings,
             "dtype": str(backbone.dtype),
             "passages": passages,
             "median_tokens": statistics.median(tokens[1:]),

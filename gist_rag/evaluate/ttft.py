@@ -28,8 +28,7 @@ def bench_ttft(
     passages: Sequence[int] = (1, 2, 5, 10),
     *,
     model: str = DEFAULT_MODEL,
-    ratio: float = 8.0,
-    coarser: Sequence[float] = (),
+    ratio: float | Sequence[float] = 8.0,
     budget: str | None = None,
     codec: str = "bf16",
     dtype: str | None = None,
@@ -49,8 +48,8 @@ def bench_ttft(
         repeats: timed prompts per row and arm, after one that warms up.
         apart: passages that answer where they are read apart, see ``focus.Focus``.
         judge: who weighs passages, see ``engine.GistEngine``.
-        coarser, budget: further ratios, and what weighed passages may take together; the other arms
-            read ``ratio``.
+        ratio: of the gists; of several, all arms read the finest but for ``weighed``.
+        budget: what weighed passages may take together, see ``budget``.
 
     Raises:
         BadInput: more passages than the sample has.
@@ -62,7 +61,7 @@ def bench_ttft(
         engine = GistEngine.from_pretrained(
             model,
             store,
-            settings={"ratio": ratio, "coarser": coarser},
+            ratio=ratio,
             codec=codec,
             dtype=dtype,
         )
@@ -98,8 +97,8 @@ def bench_ttft(
     return {
         "meta": {
             "model": model,
-            "ratio": ratio,
-            "coarser": list(coarser),
+            "ratio": engine.compressor.config.ratio,
+            "coarser": list(getattr(engine.compressor.config, "coarser", ())),
             "budget": budget,
             "codec": codec,
             "dtype": str(engine.backbone.dtype),

@@ -297,9 +297,9 @@ def test_ttft_rows_have_all_parts(tiny_model_folder: Path) -> None:
 
 
 def test_ttft_of_a_budget_reads_fewer_slots(tiny_model_folder: Path) -> None:
-    [row] = bench_ttft(
-        [3], model=str(tiny_model_folder), ratio=4, coarser=[16], budget="8x", repeats=1
-    )["results"]
+    [row] = bench_ttft([3], model=str(tiny_model_folder), ratio=[4, 16], budget="8x", repeats=1)[
+        "results"
+    ]
     assert row["gist_slots"] == pytest.approx(row["source_tokens"] / 4, rel=0.05)
     assert row["weighed_slots"] <= row["source_tokens"] / 8 + 1.5
 

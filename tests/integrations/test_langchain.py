@@ -385,8 +385,7 @@ def test_how_passages_are_read_is_a_field(
     limited = ChatGist(
         model=str(tiny_model_folder),
         store=tmp_path,
-        ratio=4,
-        settings={"coarser": [8, 16]},
+        ratio=[4, 8, 16],
         budget="12x",
         max_tokens=4,
     )

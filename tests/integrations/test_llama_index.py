@@ -490,8 +490,7 @@ def test_gists_can_have_a_budget(
     llm = GistLLM(
         model_name=str(tiny_model_folder),
         store=tmp_path,
-        ratio=4,
-        settings={"coarser": [8, 16]},
+        ratio=[4, 8, 16],
         budget="12x",
         max_new_tokens=4,
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseLanguageModel, LangSmithParams
 from langchain_core.utils.utils import get_pydantic_field_names
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 from rich.progress import Progress
 
 from gist_rag import __version__
@@ -79,8 +79,8 @@ class GistModel(BaseLanguageModel[Any], ABC):
     """Folder of the gists; without one they last as long as this object."""
     compressor: str | Path | None = None
     """Compression method, or the folder of a trained compressor."""
-    ratio: float | None = Field(default=None, gt=0)
-    """Compression ratio; short for ``settings={"ratio": ...}``."""
+    ratio: PositiveFloat | list[PositiveFloat] | None = None
+    """Compression ratio; or several, the finest first, for a ``budget`` to choose from."""
     settings: dict[str, Any] | None = None
     """Further settings of the compressor."""
     codec: str = "bf16"
@@ -103,8 +103,8 @@ class GistModel(BaseLanguageModel[Any], ABC):
     read as text after all; ``None`` for never."""
     budget: int | str | None = None
     """What the gists of a prompt may take together: a number of slots, or as in ``"16x"`` or
-    ``"2.5MB"``. Passages that were compressed at several ratios (``settings={"coarser": [...]}``)
-    are then read the finer, the more they matter. ``None``: no limit."""
+    ``"2.5MB"``. Passages that were compressed at several ratios are then read the finer, the more
+    they matter. ``None``: no limit."""
     dtype: str | None = None
     """Of the model's weights, for example ``"bfloat16"``."""
     device: str | None = None

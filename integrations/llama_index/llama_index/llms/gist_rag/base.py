@@ -34,6 +34,7 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 from llama_index.core.tools.types import BaseTool
 from llama_index.core.types import Model
+from pydantic import PositiveFloat
 from rich.progress import Progress
 
 from gist_rag.aio import iterate_in_thread, run_in_thread
@@ -84,8 +85,9 @@ class GistLLM(FunctionCallingLLM):
     compressor: str | None = Field(
         default=None, description="Compression method, or the folder of a trained compressor."
     )
-    ratio: float | None = Field(
-        default=None, gt=0, description="Compression ratio, short for settings['ratio']."
+    ratio: PositiveFloat | list[PositiveFloat] | None = Field(
+        default=None,
+        description="Compression ratio; or several, the finest first, for a budget to choose from.",
     )
     settings: dict[str, Any] = Field(
         default_factory=dict, description="Further settings of the compressor."
@@ -124,8 +126,8 @@ class GistLLM(FunctionCallingLLM):
     budget: int | str | None = Field(
         default=None,
         description="What the gists of a prompt may take together: a number of slots, or as in "
-        "'16x' or '2.5MB'. Passages that were compressed at several ratios "
-        "(settings={'coarser': [...]}) are then read the finer, the more they matter.",
+        "'16x' or '2.5MB'. Passages that were compressed at several ratios are then read the "
+        "finer, the more they matter.",
     )
     dtype: str | None = Field(default=None, description="Of the weights, such as 'bfloat16'.")
     device: str | None = Field(default=None, description="Where the model runs, such as 'cuda'.")
