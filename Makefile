@@ -22,6 +22,7 @@ REFINED := attention_matching@8,attention_matching@16,attention_matching@32
 CHOSEN := reuse^3,attention_matching@8:1,attention_matching@8^3,attention_matching@8+1
 CHOSEN := $(CHOSEN),attention_matching@16^3,attention_matching@16+1,attention_matching@32^3
 WEIGHED := reuse*,attention_matching@8*,attention_matching@8*+1,trim_kv-4x@4*
+WEIGHED := $(WEIGHED),attention_matching@16*,attention_matching@8-16-32/16x*,attention_matching@4-8-16/8x*
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
 EACH := $(foreach r,$(RATIOS),$(foreach c,$(CONTROLS),$(COMMA)$(c)@$(r)))
@@ -44,7 +45,9 @@ check: .venv/.dev ## lint, format and types
 bench: .venv/.demo ## time to first token and cost of compressing on this CPU, into benchmarks/
 	CUDA_VISIBLE_DEVICES= $(BIN)/gist-rag bench ttft --json > $(SERVING)/ttft_cpu.json.new
 	mv $(SERVING)/ttft_cpu.json.new $(SERVING)/ttft_cpu.json
-	CUDA_VISIBLE_DEVICES= $(BIN)/gist-rag bench precompute --compressor trim_kv-4x --json > $(SERVING)/precompute_cpu.json.new
+	CUDA_VISIBLE_DEVICES= $(BIN)/gist-rag bench ttft --ratio 4,8,16 --budget 8x --json > $(SERVING)/ttft_budget_cpu.json.new
+	mv $(SERVING)/ttft_budget_cpu.json.new $(SERVING)/ttft_budget_cpu.json
+	CUDA_VISIBLE_DEVICES= $(BIN)/gist-rag bench precompute --ratio 8,16,32 --compressor trim_kv-4x --json > $(SERVING)/precompute_cpu.json.new
 	mv $(SERVING)/precompute_cpu.json.new $(SERVING)/precompute_cpu.json
 
 quality: .venv/.demo ## evaluate on TASK=FILE what has no result yet, into benchmarks/ (hours on a CPU)
@@ -53,6 +56,8 @@ quality: .venv/.demo ## evaluate on TASK=FILE what has no result yet, into bench
 		$(PLAIN) --passages $$n --arms $(ARMS) --out $(QUALITY)/nq_p$${n}_balanced.json; \
 		$(PLAIN) --passages $$n --preset thorough --arms reuse$(COMMA)$(REFINED) \
 			--out $(QUALITY)/nq_p$${n}_thorough.json; \
+		$(EVALUATE) --passages $$n --preset thorough --arms reuse$(COMMA)$(REFINED) \
+			--out $(QUALITY)/rag_p$${n}_thorough.json; \
 		$(PLAIN) --passages $$n --preset best --arms attention_matching@16 \
 			--out $(QUALITY)/nq_p$${n}_best.json; done
 	for n in 5 10; do \

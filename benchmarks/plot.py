@@ -33,6 +33,7 @@ COLOURS = {
 
 
 MARKS = {"as text": "--^", "budget": "-s", "weighed": "-P", ", ": "--o"}
+WITHIN = "4-8-16/8x*"
 HOW = {"": "", "*": "weighed"}
 """Readings that are drawn; the others are in the tables."""
 
@@ -196,8 +197,10 @@ def fill_readme() -> None:
     hotpot_apart = read("quality/results/hotpot_p5_both.json")["arms"]
     cost = read("serving/results/precompute_cpu.json")
     presets = {r["preset"]: r for r in cost["results"]}
-    moved = read("quality/results/nq_p1_thorough.json")["arms"]["attention_matching@8"]
     best_one = read("quality/results/nq_p1_best.json")["arms"]["attention_matching@16"]
+    thorough_one = read("quality/results/rag_p1_thorough.json")["arms"]
+    within = {r["passages"]: r for r in read("serving/results/ttft_budget_cpu.json")["results"]}
+    nested = presets["balanced, all ratios"]["prefills"]
     at = lambda arms, ratio: arms[f"attention_matching@{ratio}"]
     at_trained = lambda ratio: trained[f"trim_kv-4x@{ratio}"]
     first = lambda n, how: f"{ttft[n][how]:.1f} times sooner"
@@ -218,6 +221,9 @@ def fill_readme() -> None:
             f"{_found(at(arms, '8*'))} | {_found(arms['full'])} |"
             for n, arms in weighed.items()
         ),
+        f"| 5, weighed, finest first within 8x | {within[5]['speedup_weighed']:.1f} times sooner | "
+        f"{_kept(at(weighed[5], WITHIN))} | {_found(at(weighed[5], WITHIN))} | "
+        f"{_found(weighed[5]['full'])} |",
         f"| 5, all alike | {first(5, 'speedup')} | {_kept(at(five, 8))} | {_found(at(five, 8))} | "
         f"{_found(five['full'])} |",
         "",
@@ -229,6 +235,8 @@ def fill_readme() -> None:
         "the text gives does not mean that compressing adds anything: so small a model reads several "
         "texts badly, and weights spare it that. The bound is what uncompressed passages give, read "
         f"with weights: {_kept(weighed[5]['reuse*'])}, {_found(weighed[5]['reuse*'])} right, with five. "
+        "That is reached in the slots of 8x where each passage is kept at 4x, 8x and 16x and those that "
+        'matter most are read finest (`ratio=[4, 8, 16], budget="8x"`). '
         f"Where doubt has the best passage read as text (`expand=`, every prompt) "
         f"{_found(at(weighed[5], '8*+1'))} are right. Read the limits below before you quote any of that.",
     )
@@ -247,7 +255,8 @@ def fill_readme() -> None:
         f"{_found(at(sqlite, '8*'))} (text {_found(sqlite['full'])}). Where an answer takes two passages "
         f"at once (HotpotQA, {hotpot['full']['n']} questions, five passages) 8x keeps "
         f"{_kept(at(hotpot, '8*'))} with weights, {_kept(at(hotpot, 8))} without, and is right in "
-        f"{_found(at(hotpot, '8*'))} and {_found(at(hotpot, 8))}, text in {_found(hotpot['full'])}; MuSiQue "
+        f"{_found(at(hotpot, '8*'))} and {_found(at(hotpot, 8))} (with a budget, finest first, "
+        f"{_kept(at(hotpot, WITHIN))} and {_found(at(hotpot, WITHIN))}), text in {_found(hotpot['full'])}; MuSiQue "
         f"({musique['full']['n']}) {_kept(at(musique, '8*'))} and {_kept(at(musique, 8))}, right in "
         f"{_found(at(musique, '8*'))} and {_found(at(musique, 8))}, text in {_found(musique['full'])}. `apart=3` "
         f"keeps {_kept(at(both, '8^3'))} of five on Natural Questions and "
@@ -256,23 +265,31 @@ def fill_readme() -> None:
         f"- **Beyond 8x quality falls.** At 16x gists keep {_kept(at(one, 16))} with one passage, and "
         f"answers contain the gold answer in {_found(at(one, 16))}. Exact names and numbers go first; "
         f"use 4x where they matter: five passages, weighed, in four bits, keep {_kept(at(fine, '4*'))}, "
-        f"{_found(at(fine, '4*'))} right ({fine['full']['n']} questions, text {_found(fine['full'])}).",
+        f"{_found(at(fine, '4*'))} right ({fine['full']['n']} questions, text {_found(fine['full'])}). Five "
+        f"at 16x, weighed, keep {_kept(at(weighed[5], '16*'))}, {_found(at(weighed[5], '16*'))} right; in "
+        f"as many slots, but kept at 8x, 16x and 32x and read finest first "
+        f"{_kept(at(weighed[5], '8-16-32/16x*'))}, {_found(at(weighed[5], '8-16-32/16x*'))} right.",
         "- **More thorough compressing** pays from 16x on. With `preset` `thorough` five passages, "
         f"weighed, keep {_kept(at(refined, '16*'))} at 16x, {_found(at(refined, '16*'))} right "
         f"({refined['full']['n']} questions, text {_found(refined['full'])}); with the one that matters "
         f"most as text (`expand=`, every prompt) {_kept(at(refined, '16*+1'))} and "
         f"{_found(at(refined, '16*+1'))}, at 32x {_kept(at(refined, '32*+1'))} and "
-        f"{_found(at(refined, '32*+1'))}. One passage without the reader: `thorough` {_kept(moved)} at "
-        f"8x, `best` {_kept(best_one)} at 16x.",
+        f"{_found(at(refined, '32*+1'))}. One passage: {_kept(at(thorough_one, 8))} at 8x, "
+        f"{_found(at(thorough_one, 8))} right ({thorough_one['full']['n']} questions, uncompressed "
+        f"{_found(thorough_one['reuse'])}), {_kept(at(thorough_one, 16))} and "
+        f"{_found(at(thorough_one, 16))} at 16x; without the reader `best` {_kept(best_one)} at 16x.",
         f"- **KV gists are larger than text on disk**: {ttft[1]['bytes'] / 1e6:.2f} MB for a passage "
         f"of {ttft[1]['source_tokens']} tokens at 8x in bf16 with this model (its text: about "
         f"1 kB), half of that with `--codec int8`, a third with `int4`, which keeps "
         f"{_kept(at(int4, 8))} at 8x and {_kept(at(int4, 4))} at 4x ({int4['full']['n']} questions, "
-        "one passage): 4x in four bits is smaller than 8x in sixteen, and better.",
+        "one passage): 4x in four bits is smaller than 8x in sixteen, and better. Three ratios, for "
+        "`budget=`, take 3.5 times as much as 8x alone: in four bits about as much as 8x in sixteen "
+        f"({_kept(at(fine, WITHIN))}, {_found(at(fine, WITHIN))} right on those "
+        f"{fine['full']['n']} questions with five).",
         f"- **Compressing costs** {presets['balanced']['prefills']:.1f} prefills of the passage "
         f"(`balanced`: {presets['balanced']['seconds_per_passage']:.1f} s for "
         f"{cost['meta']['median_tokens']:.0f} tokens on this CPU), {presets['fast']['prefills']:.1f} "
-        f"with `fast`, {presets['thorough']['prefills']:.1f} with `thorough`, "
+        f"with `fast`, {nested:.1f} for three ratios at once, {presets['thorough']['prefills']:.1f} with `thorough`, "
         f"{presets['best']['prefills']:.0f} with `best`; {presets['trim_kv-4x']['prefills']:.1f} with "
         f"`--compressor trim_kv-4x`, whose gates foretell what `fast` measures: it keeps "
         f"{_kept(at_trained(4))} at 4x and {_kept(at_trained(8))} at 8x with one passage, "
