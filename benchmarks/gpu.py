@@ -55,6 +55,7 @@ def steps(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         ratios = [f"attention_matching@{ratio}" for ratio in (8, 16, 32)]
         command = f"{CLI} evaluate --task {args.task} --passages {passages} --limit 200 {model}"
         several = [f"{arm}{how}" for how in ("*", "^3") for arm in ("reuse", *ratios)]
+        several += [f"attention_matching@{within}*" for within in ("4-8-16/8x", "8-16-32/16x")]
         several = several if passages > 1 else []
         arms = ",".join(("reuse", *ratios, *several, "attention_matching@16+1", *trained))
         yield (
