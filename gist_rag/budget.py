@@ -6,10 +6,11 @@ So what matters most is read finest, and the rest as coarsely as the budget want
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from torch import Tensor
 
@@ -20,6 +21,8 @@ Unit = Literal["slots", "ratio", "bytes"]
 
 _BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9}
 _ROUNDING = 1e-6
+TOLERANCE = 1.01
+"""Of ratios: a passage has a whole number of slots."""
 _WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(x|KB|MB|GB)?\s*")
 
 
@@ -30,15 +33,18 @@ class Budget:
     Attributes:
         amount: of ``unit``.
         unit: ``slots`` of an average head, that is, tokens of a KV cache; ``ratio``, tokens of the
-            passages for each such slot; ``bytes`` of keys and values as they are stored.
+            passages for each such slot (to within ``TOLERANCE``); ``bytes`` as they are stored.
     """
 
     amount: float
     unit: Unit = "slots"
 
     def __post_init__(self) -> None:
-        if self.amount < 1:
-            raise BadInput(f"a budget of {self.amount} {self.unit}; it must be 1 or more")
+        if not 1 <= self.amount < math.inf or self.unit not in get_args(Unit):
+            raise BadInput(
+                f"a budget of {self.amount} {self.unit}; it must be 1 or more slots, bytes or as "
+                "a ratio"
+            )
 
     @classmethod
     def parse(cls, text: str | float) -> Self:
@@ -56,7 +62,10 @@ class Budget:
         return cls(number, "ratio") if unit == "x" else cls(number * _BYTES[unit], "bytes")
 
     def chosen(
-        self, states: Sequence[GistState], judged: Tensor | None = None
+        self,
+        states: Sequence[GistState],
+        judged: Tensor | None = None,
+        times: Sequence[int] | None = None,
     ) -> list[GistState | None]:
         """What is read of each passage: one of its ratios, or nothing.
 
@@ -66,31 +75,35 @@ class Budget:
 
         Args:
             judged: ``(P,)`` how much each matters; default: the first one most.
+            times: how often each is read; default: once.
         """
+        times = times or [1] * len(states)
         places = [*range(len(states))]
         if judged is not None:
             places = judged.argsort(descending=True, stable=True).tolist()
         chosen: list[GistState | None] = [[s, *s.coarser][-1] for s in states]
-        left = self._limit(states) - sum(self._cost(s) for s in chosen if s)
+        left = self._limit(states, times)
+        left -= sum(n * self._cost(s) for n, s in zip(times, chosen, strict=True) if s)
         for place in reversed(places[1:]):
             if left >= -_ROUNDING:
                 break
-            left += self._cost(chosen[place])
+            left += times[place] * self._cost(chosen[place])
             chosen[place] = None
         for place in places:
             if (coarsest := chosen[place]) is None:
                 continue
-            spare = left + self._cost(coarsest)
-            levels = (states[place], *states[place].coarser)
-            best = next((s for s in levels if self._cost(s) <= spare + _ROUNDING), coarsest)
-            chosen[place], left = best, spare - self._cost(best)
+            spare = left + times[place] * self._cost(coarsest)
+            for level in (states[place], *states[place].coarser):
+                if (cost := times[place] * self._cost(level)) <= spare + _ROUNDING:
+                    chosen[place], left = level, spare - cost
+                    break
         return chosen
 
-    def _limit(self, states: Sequence[GistState]) -> float:
+    def _limit(self, states: Sequence[GistState], times: Sequence[int]) -> float:
         if self.unit != "ratio":
             return self.amount
-        rounding = len(states) / 2  # a passage has a whole number of slots
-        return sum(s.num_tokens for s in states) / self.amount + rounding
+        tokens = sum(n * s.num_tokens for n, s in zip(times, states, strict=True))
+        return TOLERANCE * tokens / self.amount
 
     def _cost(self, state: GistState | None) -> float:
         if state is None:

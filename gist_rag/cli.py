@@ -614,13 +614,14 @@ def _replace(path: Path, result: dict[str, Any]) -> None:
 
 def _earlier_result(path: Path) -> dict[str, Any]:
     """What an earlier ``evaluate`` wrote."""
+    from gist_rag.evaluate.result import check_result
+
     try:
-        result = json.loads(path.read_text())
-        if isinstance(result, dict) and result.keys() >= {"meta", "arms", "predictions"}:
-            return result
-    except ValueError:
-        pass
-    raise BadInput(f"{path} is no result of evaluate; give another --out, or leave --resume out")
+        return check_result(json.loads(path.read_text()))
+    except (ValueError, BadInput):
+        raise BadInput(
+            f"{path} is no result of evaluate; give another --out, or leave --resume out"
+        ) from None
 
 
 N = TypeVar("N", int, float)

@@ -166,11 +166,7 @@ class GistEngine:
         budget: Budget | None = None,
         batch_window_ms: float = 5.0,
     ) -> None:
-        if budget is not None and focus is not None and focus.apart:
-            raise BadInput(
-                "passages that are read apart do not share a context, so they have no budget; "
-                "give apart or budget"
-            )
+        _check_reading(focus, budget)
         self.backbone = backbone
         self.reader = reader
         self.judge: Judge | None = judge
@@ -246,8 +242,10 @@ class GistEngine:
             budget: see ``GistEngine``; a number of slots, or as in ``"16x"`` or ``"2.5MB"``.
             dtype, device: see ``models.load_model``.
         """
-        backbone, answers = load_backbone(model, reader, dtype=dtype, device=device)
         settings = {**(settings or {}), **ratio_settings(ratio)}
+        chosen, limit = make_focus(focus, apart), make_budget(budget)
+        _check_reading(chosen, limit)
+        backbone, answers = load_backbone(model, reader, dtype=dtype, device=device)
         return cls(
             backbone,
             make_compressor(compressor or DEFAULT_COMPRESSOR, backbone, settings),
@@ -257,9 +255,9 @@ class GistEngine:
             positions=positions,
             reader=answers,
             judge=named_judge(judge),
-            focus=make_focus(focus, apart),
+            focus=chosen,
             expand=Expand(expand) if isinstance(expand, int | float) else expand,
-            budget=make_budget(budget),
+            budget=limit,
         )
 
     # ---- identity
@@ -620,15 +618,16 @@ class GistEngine:
                 raise GistsRequired(
                     "gist_mode='require', but no passage of the prompt has a gist in this store"
                 )
+        if self.budget is None:
+            packed = {content: replace(state, coarser=()) for content, state in packed.items()}
         states = {content: unpack(state, self.backbone.device) for content, state in packed.items()}
-        sizes = {content: state.num_bytes for content, state in packed.items()}
         texts = [
             merge(s if isinstance(s, Text) or s.content in states else Text(s.text) for s in prompt)
             for prompt in prompts
         ]
         found = [num_known(after) for after in texts]
         missed = [num_known(before) - n for before, n in zip(given, found, strict=True)]
-        return texts, _Fetched(states, sizes, found, missed)
+        return texts, _Fetched(states, found, missed)
 
     def _heal(self, contents: set[str]) -> dict[str, PackedState]:
         """Compress again what the store holds but cannot read; on failure it stays a miss."""
@@ -700,13 +699,20 @@ class GistEngine:
         self.close()
 
 
+def _check_reading(focus: Focus | None, budget: Budget | None) -> None:
+    """Refuse what cannot be done together."""
+    if budget is not None and focus is not None and focus.apart:
+        raise BadInput(
+            "passages that are read apart do not share a context, so they have no budget; "
+            "give apart or budget"
+        )
+
+
 @dataclass(frozen=True)
 class _Fetched:
-    """Gists of a batch by content, their sizes in bytes, and per prompt how many were found or
-    missed."""
+    """Gists of a batch by content, and per prompt how many were found or missed."""
 
     states: Mapping[str, GistState]
-    sizes: Mapping[str, int]
     found: Sequence[int]
     missed: Sequence[int]
 
@@ -727,7 +733,7 @@ class _Fetched:
             source_tokens=sum(p.state.num_tokens for p in plan.placed),
             text_tokens=len(plan.text.ids),
             cached_tokens=len(plan.prefix),
-            num_bytes=sum(self.sizes[c] for c in contents),
+            num_bytes=sum(p.state.num_bytes for p in plan.placed),
             kernels=kernels,
             **times,
         )

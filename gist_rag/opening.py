@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -209,10 +209,15 @@ class Opener:
         if self.budget is None:
             return replace(prompt, states=states)
         contents = [known.content for known in _known(prompt.segments)]
-        levels = self.budget.chosen([states[content] for content in contents], prompt.judged)
-        read = [place for place, level in enumerate(levels) if level is not None]
-        fitted = {content: level for content, level in zip(contents, levels, strict=True) if level}
-        judged, weights = prompt.judged, prompt.weights
+        times, judged, weights = Counter(contents), prompt.judged, prompt.weights
+        first = [contents.index(content) for content in times]  # a text may come twice
+        levels = self.budget.chosen(
+            [states[content] for content in times],
+            None if judged is None else judged[first],
+            [*times.values()],
+        )
+        fitted = {content: level for content, level in zip(times, levels, strict=True) if level}
+        read = [place for place, content in enumerate(contents) if content in fitted]
         return replace(
             prompt,
             segments=with_only(prompt.segments, read),

@@ -321,11 +321,13 @@ def _reopen(
 ) -> GistEngine:
     """An engine as ``GistEngine.describe`` described it."""
     folder, settings = compressor or description.get("folder"), description["settings"]
+    if folder:  # the rest lies there
+        settings = {name: settings[name] for name in ("ratio", "coarser") if name in settings}
     return GistEngine.from_pretrained(
         model or description["model"],
         store,
         compressor=folder or description["compressor"],
-        settings={"ratio": settings["ratio"]} if folder else settings,
+        settings=settings,
         codec=description["codec"],
         namespace=description["namespace"],
         **options,

@@ -174,9 +174,10 @@ class GistState:
 
     @property
     def num_bytes(self) -> int:
-        """Size of keys and values as they are held, without the coarser states."""
-        held = (self.keys, self.values, self.key_scales, self.value_scales)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        """Size as it is stored, without the coarser states."""
+        held = (self.keys, self.values, self.key_scales, self.value_scales, self.rows)
+        places = 4 * self.num_slots  # log-masses and offsets
+        return places + sum(t.numel() * t.element_size() for t in held if t is not None)
 
     @property
     def lengths(self) -> Tensor:

@@ -10,15 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -54,7 +62,13 @@ class NestedConfig(CompressorConfig):
     ``coarser`` are further ratios, rising, at which a passage is kept besides (``budget``).
     """
 
-    coarser: tuple[float, ...] = ()
+    coarser: tuple[Annotated[float, Field(ge=1.0, allow_inf_nan=False)], ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``coarser`` where there are none: gists are then those of before there were."""
+        written: dict[str, Any] = handler(self)
+        return {k: v for k, v in written.items() if k != "coarser" or v}
 
     @model_validator(mode="after")
     def _check_coarser(self) -> Self:
@@ -216,8 +230,20 @@ class Compressor(nn.Module):
         Raises:
             BadInput: the method cannot do that.
         """
-        nested = {"coarser": coarser} if coarser or isinstance(self.config, NestedConfig) else {}
-        self.config = make_config(self, {**dict(self.config), "ratio": ratio, **nested})
+        self.configure({"ratio": ratio, "coarser": coarser})
+
+    def configure(self, settings: Mapping[str, Any]) -> None:
+        """Some settings otherwise from now on; a ``ratio`` without ``coarser`` ones stands alone.
+
+        Raises:
+            BadInput: a setting that the method does not have, or a value that it refuses.
+        """
+        given = dict(settings)
+        if isinstance(self.config, NestedConfig) and "ratio" in given:
+            given.setdefault("coarser", ())
+        elif given.get("coarser") == ():
+            del given["coarser"]
+        self.config = make_config(self, {**dict(self.config), **given})
 
     # ---- the shared path
 
@@ -489,11 +515,11 @@ def ratio_settings(ratio: float | Sequence[float] | None) -> dict[str, Any]:
     """
     if ratio is None:
         return {}
-    if isinstance(ratio, int | float):
+    if isinstance(ratio, str) or not isinstance(ratio, Iterable):
         return {"ratio": ratio}
-    if not ratio:
+    if not (ratios := [*ratio]):
         raise BadInput("ratio is empty; give a number, or several with the finest first")
-    finest, *coarser = ratio
+    finest, *coarser = ratios
     return {"ratio": finest, "coarser": coarser} if coarser else {"ratio": finest}
 
 

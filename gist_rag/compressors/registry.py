@@ -72,14 +72,15 @@ def make_compressor(
     method_name = str(read_document(folder)["name"])
     if method_name not in COMPRESSORS:
         raise UnknownCompressor(f"{name} holds {method_name!r}, which this gist-rag does not know")
-    ratio, coarser = given.pop("ratio", None), given.pop("coarser", ())
+    own = ("ratio", "coarser")
+    ratios: dict[str, Any] = {name: given.pop(name) for name in own if name in given}
     if given:
         raise BadInput(f"{name} brings its own settings; leave out {', '.join(given)}")
     compressor = COMPRESSORS[method_name].from_pretrained(folder, backbone)
     if ships:
         compressor.folder = str(name)
-    if ratio is not None or coarser:
-        compressor.set_ratio(compressor.config.ratio if ratio is None else ratio, *coarser)
+    if ratios:
+        compressor.configure(ratios)
     return compressor
 
 

@@ -64,14 +64,12 @@ class EvaluateConfig(BaseModel):
         return tuple(dict.fromkeys(("closed", "full", *chosen)))
 
     def joined(self, before: Mapping[str, Any]) -> Self:
-        """With the questions and arms of an earlier result besides its own."""
+        """With the questions and arms of an earlier result besides its own; with those alone, if
+        it names none."""
         earlier = before["predictions"]
-        return self.model_copy(
-            update={
-                "limit": max(self.limit, len({p["id"] for p in earlier})),
-                "arms": (*self.all_arms, *(p["arm"] for p in earlier)),
-            }
-        )
+        arms = dict.fromkeys((*(self.all_arms if self.arms else ()), *(p["arm"] for p in earlier)))
+        limit = max(self.limit, len({p["id"] for p in earlier}))
+        return self.model_copy(update={"limit": limit, "arms": tuple(arms)})
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Arm:
                 chosen from those of an arm that reads no gists; or a budget for passages that do
                 not share a context.
         """
-        form = r"(.*?)(?:@([^@/]*?)(?:/(\w+))?)?(?:([:~^])(\d+)|(\*))?(?:\+(\d+))?"
+        form = r"(.*?)(?:@([^@/]*?)(?:/([\w.]+))?)?(?:([:~^])(\d+)|(\*))?(?:\+(\d+))?"
         found = re.fullmatch(form, text, re.S)
         assert found is not None
         name, given, budget, how, many, weigh, expanded = found.groups("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,14 +10,22 @@ from typing import Any
 
 import numpy as np
 
+from gist_rag.backbone import Backbone
 from gist_rag.errors import BadInput
 from gist_rag.evaluate import metrics
 from gist_rag.evaluate.config import EvaluateConfig
 from gist_rag.evaluate.environment import ENVIRONMENT, environment
+from gist_rag.evaluate.tasks import Example
 from gist_rag.prompt import rag_messages
+from gist_rag.reader import Reader
 
-COMPARABLE = (*(set(EvaluateConfig.model_fields) - {"arms", "limit", "dtype"}), "model_fingerprint")
-"""What two runs must have in common for their predictions to stand in one result."""
+_OWN = {"arms", "limit", "dtype"}
+COMPARABLE = (
+    *(set(EvaluateConfig.model_fields) - _OWN),
+    *("prompt", "model_fingerprint", "reader_fingerprint", "compressors", "questions"),
+)
+"""What two runs must have in common for their predictions to stand in one result; of compressors
+those that both have."""
 ORIGIN = ("limit", "dtype", *ENVIRONMENT)
 """What a result says of each earlier run that it goes on with."""
 
@@ -42,9 +51,12 @@ class Result:
         self._predictions: dict[tuple[str, str], dict[str, Any]] = {}
         if before:
             old = {**EvaluateConfig().model_dump(mode="json"), **before["meta"]}
-            if differing := sorted(k for k in COMPARABLE if meta.get(k) != old.get(k)):
+            if differing := [k for k in sorted(COMPARABLE) if not _agree(meta, old, k)]:
+                if len(differing) > 1 and "questions" in differing:
+                    differing.remove("questions")  # for they follow from the others
                 told = ", ".join(f"{k} {old.get(k)!r}, not {meta.get(k)!r}" for k in differing)
                 raise BadInput(f"the result to go on with has {told}")
+            self._meta["compressors"] = old.get("compressors", {}) | meta["compressors"]
             self.add(before["predictions"])
             if lost := {id for id, _ in self._predictions} - set(ids):
                 raise BadInput(
@@ -71,6 +83,30 @@ class Result:
         ]
         figures = summarise([p for p in kept if p["id"] in whole])
         return {"meta": self._meta, "arms": figures, "predictions": kept}
+
+
+def check_result(result: object) -> dict[str, Any]:
+    """What an earlier run has written.
+
+    Raises:
+        BadInput: it is something else.
+    """
+    match result:
+        case {"meta": dict(), "predictions": [*predictions]} if all(
+            isinstance(p, dict) and p.keys() >= {"id", "arm", "nll"} for p in predictions
+        ):
+            assert isinstance(result, dict)
+            return result
+    raise BadInput("no result of evaluate")
+
+
+def _agree(new: Mapping[str, Any], old: Mapping[str, Any], name: str) -> bool:
+    """Whether two runs agree in something; older results do not say everything."""
+    if name == "limit" or name not in old:
+        return True
+    if name == "compressors":
+        return all(old[name].get(k, v) == v for k, v in new[name].items())
+    return bool(new.get(name) == old[name])
 
 
 def summarise(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -119,12 +155,26 @@ def _figures(arm: _FieldScores, closed: _FieldScores, full: _FieldScores) -> dic
     }
 
 
-def describe(config: EvaluateConfig, model_fingerprint: str) -> dict[str, Any]:
-    """What a result says of its run."""
+def describe(
+    config: EvaluateConfig,
+    questions: Sequence[Example],
+    backbone: Backbone,
+    reader: Reader | None,
+    compressors: Mapping[str, str],
+) -> dict[str, Any]:
+    """What a result says of its run.
+
+    ``questions`` is a digest of the first one, which stays when more are asked; of a probe, whose
+    questions depend on how many there are, one of all. ``compressors`` are their fingerprints.
+    """
+    told = [repr(question) for question in (questions if config.probe else questions[:1])]
     return {
         **json.loads(config.model_dump_json()),
         "task": config.task.name if config.task else None,
-        "model_fingerprint": model_fingerprint,
+        "questions": hashlib.sha256("".join(told).encode()).hexdigest(),
+        "model_fingerprint": backbone.fingerprint,
+        "reader_fingerprint": reader.fingerprint if reader else None,
+        "compressors": dict(compressors),
         "prompt": rag_messages("{question}", ["{passages}"]),
         **environment(),
     }

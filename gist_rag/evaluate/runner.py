@@ -21,7 +21,7 @@ from gist_rag.errors import BadInput
 from gist_rag.evaluate import metrics
 from gist_rag.evaluate.config import TEXT_ARMS, Arm, EvaluateConfig, Gists
 from gist_rag.evaluate.probes import make_probe
-from gist_rag.evaluate.result import Result, describe
+from gist_rag.evaluate.result import Result, check_result, describe
 from gist_rag.evaluate.tasks import Example, Task, load_task
 from gist_rag.focus import APART, best, log_likelihoods, log_weights
 from gist_rag.likeness import Likeness, named_judge
@@ -70,15 +70,14 @@ def evaluate(
     Raises:
         BadInput: an unusable task or arm, or a ``before`` of other settings or questions.
     """
-    if before:
-        config = config.joined(before)
+    if before is not None:
+        config = config.joined(check_result(before))
     task = _task(config)
     examples = task.examples
     backbone, reader = load_backbone(config.model, config.reader, dtype=config.dtype)
-    result = Result(
-        describe(config, backbone.fingerprint), config.all_arms, [e.id for e in examples], before
-    )
     arms = _Arms(backbone, config, reader)
+    meta = describe(config, examples, backbone, reader, arms.fingerprints)
+    result = Result(meta, config.all_arms, [e.id for e in examples], before)
     for first in range(0, len(examples), GROUP):
         group = examples[first : first + GROUP]
         with torch.no_grad():
@@ -120,6 +119,7 @@ class _Arms:
         arms = {text: Arm.parse(text, config.ratio) for text in config.all_arms}
         names = dict.fromkeys(a.name for a in arms.values() if a.name not in TEXT_ARMS)
         self.compressors = {name: self._compressor(name) for name in names}
+        self.fingerprints = {name: c.fingerprint for name, c in self.compressors.items()}
         own = {name: (c.config.ratio,) for name, c in self.compressors.items()}
         self.arms = {text: self._settled(arm, own.get(arm.name, ())) for text, arm in arms.items()}
         self._prefixes: dict[str, Prefix] = {}

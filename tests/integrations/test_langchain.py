@@ -382,6 +382,8 @@ def test_how_passages_are_read_is_a_field(
     assert llm.engine.focus == Focus(2, apart=True)
     focused = ChatGist(model=str(tiny_model_folder), store=tmp_path, ratio=4, focus=1, max_tokens=4)
     assert focused.invoke(one).response_metadata["gist"]["left_out"] == 2
+    with pytest.raises(ValueError, match="budget '12y'"):
+        ChatGist(model="/no/such/model", budget="12y").invoke(one)
     limited = ChatGist(
         model=str(tiny_model_folder),
         store=tmp_path,

@@ -494,6 +494,8 @@ def test_gists_can_have_a_budget(
         budget="12x",
         max_new_tokens=4,
     )
+    with pytest.raises(ValueError, match="budget '12y'"):
+        GistLLM(model_name="/no/such/model", budget="12y").complete(QUESTION)
     llm.precompress(nodes[:3])
     answer = llm.complete("\n\n".join([*(node.text for node in nodes[:3]), QUESTION]))
     assert answer.raw["gist"]["hits"] == 3

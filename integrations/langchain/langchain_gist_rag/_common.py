@@ -101,7 +101,7 @@ class GistModel(BaseLanguageModel[Any], ABC):
     expand: float | None = Field(default=None, ge=0)
     """Entropy of an answer's first token, in nats, from which on the passage that matters most is
     read as text after all; ``None`` for never."""
-    budget: int | str | None = None
+    budget: int | float | str | None = None
     """What the gists of a prompt may take together: a number of slots, or as in ``"16x"`` or
     ``"2.5MB"``. Passages that were compressed at several ratios are then read the finer, the more
     they matter. ``None``: no limit."""

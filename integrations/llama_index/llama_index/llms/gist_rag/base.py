@@ -123,7 +123,7 @@ class GistLLM(FunctionCallingLLM):
         description="Entropy of an answer's first token, in nats, from which on the passage that "
         "matters most is read as text after all.",
     )
-    budget: int | str | None = Field(
+    budget: int | float | str | None = Field(
         default=None,
         description="What the gists of a prompt may take together: a number of slots, or as in "
         "'16x' or '2.5MB'. Passages that were compressed at several ratios are then read the "
