@@ -132,6 +132,10 @@ def write_tables(quality: list[dict[str, Any]], ttft: list[dict[str, Any]]) -> N
             f"{meta['threads']} threads, commit {meta['commit']}.",
             "",
             *([f"Note: {meta['note']}.", ""] if meta.get("note") else []),
+            *(
+                f"    {run['command']}  # {run['dtype'] or 'float32'}, commit {run['commit']}"
+                for run in meta.get("before", ())
+            ),
             f"    {meta['command']}",
             "",
             "| arm | n | NLL | choice | EM | contains | F1 | M_norm (95 %) | by choice | slots |",
