@@ -278,10 +278,10 @@ def fill_readme() -> None:
         f"({refined['full']['n']} questions, text {_found(refined['full'])}); with the one that matters "
         f"most as text (`expand=`, every prompt) {_kept(at(refined, '16*+1'))} and "
         f"{_found(at(refined, '16*+1'))}, at 32x {_kept(at(refined, '32*+1'))} and "
-        f"{_found(at(refined, '32*+1'))}. One passage: {_kept(at(thorough_one, 8))} at 8x, "
-        f"{_found(at(thorough_one, 8))} right ({thorough_one['full']['n']} questions, uncompressed "
-        f"{_found(thorough_one['reuse'])}), {_kept(at(thorough_one, 16))} and "
-        f"{_found(at(thorough_one, 16))} at 16x; without the reader `best` {_kept(best_one)} at 16x.",
+        f"{_found(at(refined, '32*+1'))}. One passage at 8x is no place for it: "
+        f"{_kept(at(thorough_one, 8))}, but only {_found(at(thorough_one, 8))} right "
+        f"({thorough_one['full']['n']} questions, uncompressed {_found(thorough_one['reuse'])}). Without the "
+        f"reader `best` keeps {_kept(best_one)} of one passage at 16x.",
         f"- **KV gists are larger than text on disk**: {ttft[1]['bytes'] / 1e6:.2f} MB for a passage "
         f"of {ttft[1]['source_tokens']} tokens at 8x in bf16 with this model (its text: about "
         f"1 kB), half of that with `--codec int8`, a third with `int4`, which keeps "
