@@ -47,8 +47,10 @@ bench: .venv/.demo ## time to first token and cost of compressing on this CPU, i
 	mv $(SERVING)/ttft_cpu.json.new $(SERVING)/ttft_cpu.json
 	CUDA_VISIBLE_DEVICES= $(BIN)/gist-rag bench ttft --ratio 4,8,16 --budget 8x --json > $(SERVING)/ttft_budget_cpu.json.new
 	mv $(SERVING)/ttft_budget_cpu.json.new $(SERVING)/ttft_budget_cpu.json
-	CUDA_VISIBLE_DEVICES= $(BIN)/gist-rag bench precompute --ratio 8,16,32 --compressor trim_kv-4x --json > $(SERVING)/precompute_cpu.json.new
+	CUDA_VISIBLE_DEVICES= $(BIN)/gist-rag bench precompute --compressor trim_kv-4x --json > $(SERVING)/precompute_cpu.json.new
 	mv $(SERVING)/precompute_cpu.json.new $(SERVING)/precompute_cpu.json
+	CUDA_VISIBLE_DEVICES= $(BIN)/gist-rag bench precompute --ratio 8,16,32 --json > $(SERVING)/precompute_ratios_cpu.json.new
+	mv $(SERVING)/precompute_ratios_cpu.json.new $(SERVING)/precompute_ratios_cpu.json
 
 quality: .venv/.demo ## evaluate on TASK=FILE what has no result yet, into benchmarks/ (hours on a CPU)
 	for n in 1 5; do \
