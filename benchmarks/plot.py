@@ -277,7 +277,7 @@ def fill_readme() -> None:
         f"at 16x, weighed, keep {_kept(at(weighed[5], '16*'))}, {_found(at(weighed[5], '16*'))} right; in "
         f"as many slots, but kept at 8x, 16x and 32x and read finest first "
         f"{_kept(at(weighed[5], '8-16-32/16x*'))}, {_found(at(weighed[5], '8-16-32/16x*'))} right.",
-        "- **More thorough compressing** pays from 16x on. With `preset` `thorough` five passages, "
+        "- **More thorough compressing lifts likelihood more than answers.** With `preset` `thorough` five passages, "
         f"weighed, keep {_kept(at(refined, '16*'))} at 16x, {_found(at(refined, '16*'))} right "
         f"({refined['full']['n']} questions, text {_found(refined['full'])}); with the one that matters "
         f"most as text (`expand=`, every prompt) {_kept(at(refined, '16*+1'))} and "
