@@ -81,18 +81,15 @@ class Budget:
         places = [*range(len(states))]
         if judged is not None:
             places = judged.argsort(descending=True, stable=True).tolist()
-        chosen: list[GistState | None] = [[s, *s.coarser][-1] for s in states]
-        left = self._limit(states, times)
-        left -= sum(n * self._cost(s) for n, s in zip(times, chosen, strict=True) if s)
-        for place in reversed(places[1:]):
-            if left >= -_ROUNDING:
-                break
-            left += times[place] * self._cost(chosen[place])
-            chosen[place] = None
-        for place in places:
-            if (coarsest := chosen[place]) is None:
-                continue
-            spare = left + times[place] * self._cost(coarsest)
+        coarsest = [[s, *s.coarser][-1] for s in states]
+        least = [n * self._cost(s) for n, s in zip(times, coarsest, strict=True)]
+        left, read = self._limit(states, times) - sum(least), len(states)
+        while left < -_ROUNDING and read > 1:
+            read -= 1
+            left += least[places[read]]
+        chosen: list[GistState | None] = [None] * len(states)
+        for place in places[:read]:
+            chosen[place], spare = coarsest[place], left + least[place]
             for level in (states[place], *states[place].coarser):
                 if (cost := times[place] * self._cost(level)) <= spare + _ROUNDING:
                     chosen[place], left = level, spare - cost
@@ -105,9 +102,7 @@ class Budget:
         tokens = sum(n * s.num_tokens for n, s in zip(times, states, strict=True))
         return TOLERANCE * tokens / self.amount
 
-    def _cost(self, state: GistState | None) -> float:
-        if state is None:
-            return 0.0
+    def _cost(self, state: GistState) -> float:
         return state.num_bytes if self.unit == "bytes" else state.mean_slots
 
 

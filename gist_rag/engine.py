@@ -590,7 +590,9 @@ class GistEngine:
     ) -> int:
         """Positions that a prompt takes: tokens of its text and slots of its gists."""
         [segments], fetched = self._fetch([self.segments(prompt, gist_mode, tools)], [gist_mode])
-        return fetched.stats(0, self._opener.unjudged(segments, fetched.states), {}).input_tokens
+        return fetched.stats(
+            0, self._opener.plan_in_budget(segments, fetched.states), {}
+        ).input_tokens
 
     @property
     def matcher(self) -> PassageMatcher:

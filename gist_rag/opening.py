@@ -197,7 +197,7 @@ class Opener:
         assert isinstance(end, Tensor)  # a passage never ends a prompt
         return Plan(prefix, placed, known, text, len(end))
 
-    def unjudged(self, segments: Sequence[Segment], states: States) -> Plan:
+    def plan_in_budget(self, segments: Sequence[Segment], states: States) -> Plan:
         """A prompt in one row, within the budget, before anybody has said what matters."""
         fitted = self._fitted(_Chosen(segments), states)
         return self.plan(fitted.segments, fitted.states)

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from expand import Row, by_question
 
 from gist_rag.evaluate import metrics
 from gist_rag.evaluate.tasks import load_task
 from gist_rag.questions import load_questions
-
-Row = Mapping[str, Any]
 
 
 def places(task: Path, meta: Mapping[str, Any], limit: int) -> dict[str, int]:
@@ -35,9 +34,8 @@ def by_place(
     predictions: Sequence[Row], place_of: Mapping[str, int]
 ) -> list[dict[str, float | int | str]]:
     """A row for each arm and place."""
-    of_arm: dict[str, dict[str, Row]] = {}
-    for row in predictions:
-        of_arm.setdefault(row["arm"], {})[row["id"]] = row
+    arms = dict.fromkeys(row["arm"] for row in predictions)
+    of_arm = {arm: by_question(predictions, arm) for arm in arms}
     ids = [i for i in of_arm["full"] if all(i in rows for rows in of_arm.values())]
 
     def nll(arm: str, chosen: Sequence[str]) -> metrics.Scores:

@@ -230,7 +230,7 @@ class Compressor(nn.Module):
         Raises:
             BadInput: the method cannot do that.
         """
-        self.configure({"ratio": ratio, "coarser": coarser})
+        self.configure({"ratio": ratio, **({"coarser": coarser} if coarser else {})})
 
     def configure(self, settings: Mapping[str, Any]) -> None:
         """Some settings otherwise from now on; a ``ratio`` without ``coarser`` ones stands alone.
@@ -241,8 +241,6 @@ class Compressor(nn.Module):
         given = dict(settings)
         if isinstance(self.config, NestedConfig) and "ratio" in given:
             given.setdefault("coarser", ())
-        elif given.get("coarser") == ():
-            del given["coarser"]
         self.config = make_config(self, {**dict(self.config), **given})
 
     # ---- the shared path
