@@ -1,5 +1,7 @@
-"""``gist_pool``: a gist per window that sees its window only, one layer ahead of where it is read.
-Each of the three repairs to gisting is a switch."""
+"""``gist_pool``: a gist per window that sees its window only, read up to a layer ahead.
+
+Each of the three repairs to gisting is a switch.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from gist_rag.backbone import Backbone
 from gist_rag.compressors.base import CompressorConfig, TrainedCompressor, TrainedConfig
@@ -15,33 +18,43 @@ from gist_rag.layout import Layout, window_ends
 from gist_rag.lora import LoRA, LoRAConfig
 from gist_rag.types import GistState
 
+FIRST_SHARE = 0.25
+"""Of the way to the next layer, before anything is learnt; it costs untrained gists nothing."""
+
 
 class GistPoolConfig(TrainedConfig):
     """Settings of ``gist_pool``. All three switches off and ``start`` learned is plain gisting,
     embedding trained only.
 
     Attributes:
-        shift: layer ``l`` reads what a gist has gathered *after* layer ``l``; without, before it.
+        shift: layer ``l`` reads what a gist has gathered *after* layer ``l``, as in the paper;
+            without, before it; ``learned``: somewhere between, for each layer.
         windowed: gists are spread over the passage and see their own window; without, they stand
             at the end and see everything.
         separate: gists are computed with parameters of their own (``lora``); without, with those
             that read them.
+        sink: windowed gists see the passage's first token besides.
     """
 
-    shift: bool = True
+    shift: bool | Literal["learned"] = "learned"
     windowed: bool = True
     separate: bool = True
-    start: Literal["token", "mean", "learned"] = "mean"
+    sink: bool = True
 
 
 class GistPool(TrainedCompressor):
     """Idea: three faults keep gists from being as good as mean pooling, and each can be repaired.
-    A gist then starts as the mean of its window and learns what to pool instead.
 
-        t t g t t g         a gist sees the tokens of its window and itself,
-        1 1 1 2 2 2         a token sees tokens only
+              t t g t t g
+        t     x                a token sees tokens only,
+        t     x x
+        g     x x x            a gist the tokens of its window, itself
+        t     x x   x          and the first token
+        t     x x   x x
+        g     x     x x x
 
-        k_l, v_l = W_l norm_l(h_{l+1})       h_l: residual stream of a gist before layer l
+        k_l, v_l = W_l norm_l(h_l + s_l (h_{l+1} - h_l))
+                                             h_l: residual stream of a gist before layer l
 
     The faults (GistPool, arXiv:2504.08934): what a gist gathers in layer l is not in its keys and
     values before layer l + 1, too late for who reads (``shift``); attention cannot learn to pool a
@@ -49,13 +62,16 @@ class GistPool(TrainedCompressor):
     The shifted projection is the reader's own, norm included, without the update.
 
     What differs from the paper: only its abstract and its authors' summary could be read, so that
-    this is a reading. Gists start as the mean of their window's token embeddings, plus one learned
-    vector; the backbone is frozen and reads as it is, with a LoRA on the rows of gists as the
-    separate parameters; distillation (weights ``kl`` 1, ``ce`` 0.2; ``ce`` alone is presumed to be
-    the paper's).
+    this is a reading. The paper shifts by a whole layer (``s_l = 1``, ``shift: true``), which no
+    frozen model reads well before long training: here each layer learns how far (``learned``).
+    Windowed gists also see the first token, since models put the attention there that they need
+    nowhere (``sink``). A gist starts from its window's last token, at its position, as those of all
+    methods here; ``start: mean`` is nearer to pooling. The backbone is frozen and reads as it is,
+    with a LoRA on the rows of gists as the separate parameters; distillation (weights ``kl`` 1,
+    ``ce`` 0.2; ``ce`` alone is presumed to be the paper's).
 
-    When to choose it: as the first of the trained methods at 2x to 8x. Long passages cost nothing
-    in quality, since windows do not compete; what spans two windows is in neither.
+    When to choose it: where passages are long. Windows do not compete, so length costs nothing in
+    quality; what spans two windows is in neither.
     """
 
     name: ClassVar[str] = "gist_pool"
@@ -67,6 +83,8 @@ class GistPool(TrainedCompressor):
         super().__init__(backbone, config)
         if not self.config.separate:
             self.lora = LoRA(backbone, LoRAConfig(rank=0))
+        if self.config.shift == "learned":
+            self.ahead = nn.Parameter(torch.full((backbone.num_layers,), FIRST_SHARE))
 
     def layout(self, input_ids: Tensor) -> Layout:
         tokens = len(input_ids)
@@ -77,17 +95,21 @@ class GistPool(TrainedCompressor):
             raw_sees_gists=False,
             gists_see_gists=False,
             raw_is_local=False,
+            prefix=int(self.config.sink),
         )
 
     def adapted(self, rows: Tensor | None = None) -> AbstractContextManager[None]:
         return nullcontext() if rows is None else super().adapted(rows)
 
     def extract(self, hidden: Tensor, layout: Layout) -> GistState:
-        first = 1 if self.config.shift else 0
         gists = layout.is_gist
-        keys, values = self.backbone.project_kv(
-            hidden[first : first + len(hidden) - 1, gists.to(hidden.device)]
-        )
+        stream = hidden[:, gists.to(hidden.device)]
+        if self.config.shift == "learned":
+            ahead = self.ahead.to(stream.dtype)[:, None, None]
+            stream = stream[:-1].lerp(stream[1:], ahead)
+        else:
+            stream = stream[1:] if self.config.shift else stream[:-1]
+        keys, values = self.backbone.project_kv(stream)
         return GistState.uniform(
             keys,
             values,

@@ -6,6 +6,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,9 @@ from numpy.typing import NDArray
 Scores = NDArray[np.float64]
 
 
+@lru_cache(
+    maxsize=2**16
+)  # wrong answers are looked for among all answers of a file, by each question
 def normal(text: str) -> str:
     """Lower case, no punctuation, no articles: the SQuAD normalisation."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)

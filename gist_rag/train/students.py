@@ -161,7 +161,8 @@ class GistStudent(Student):
     def _weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Terms that count. Raises ``BadInput`` where the run gives a weight to a term that is not
         there, or to none that is."""
-        if unknown := self.config.weights.keys() - terms.keys():
+        given = {name for name, weight in self.config.weights.items() if weight}
+        if unknown := given - terms.keys():
             raise BadInput(
                 f"no loss term {', '.join(sorted(unknown))}; there are {', '.join(sorted(terms))}"
             )

@@ -15,8 +15,9 @@ from gist_rag.budget import Budget
 from gist_rag.compressors import make_compressor
 from gist_rag.errors import BadInput
 from gist_rag.evaluate import runner
+from gist_rag.evaluate.arms import Reading
 from gist_rag.evaluate.config import Arm, EvaluateConfig
-from gist_rag.evaluate.runner import _Reading, answer_losses, evaluate
+from gist_rag.evaluate.runner import answer_losses, evaluate
 from gist_rag.evaluate.tasks import NUM_CHOICES, load_task
 from gist_rag.evaluate.ttft import bench_ttft
 
@@ -213,7 +214,7 @@ def test_bad_arms_are_named(tiny_model_folder: Path, arm: str, message: str) -> 
 def test_branches_score_as_each_answer_read_alone(backbone: Backbone) -> None:
     prompt = backbone.tokenize("The rollback journal is")
     prefix = backbone.prefix(prompt[:-1])
-    reading = _Reading(prefix, (), Local.after(prompt[-1:], len(prefix), 0), 0, 0)
+    reading = Reading(prefix, (), Local.after(prompt[-1:], len(prefix), 0), 0, 0)
     answers = [" deleted", " a separate file", "WAL"]
     losses = answer_losses(backbone, [reading], answers)
     end = torch.tensor([min(backbone.stop_ids)])

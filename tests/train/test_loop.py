@@ -136,6 +136,12 @@ def test_a_loss_term_that_does_not_exist_is_named(settings: dict[str, Any]) -> N
         run(settings, weights={"mse": 1.0})
 
 
+def test_a_term_that_does_not_exist_may_have_no_weight(settings: dict[str, Any]) -> None:
+    """So that one file of settings serves methods with different terms."""
+    [report] = run(settings, steps=1, weights={"mse": 0.0})
+    assert report.losses.keys() == {"kl", "ce"}
+
+
 def test_terms_of_no_weight_are_left_out(settings: dict[str, Any]) -> None:
     [report] = run(settings, steps=1, weights={"ce": 0.0})
     assert report.losses.keys() == {"kl"}
