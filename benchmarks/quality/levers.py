@@ -67,8 +67,8 @@ class Beside(AttentionMatching):
 
 @dataclass(frozen=True)
 class Recompute:
-    """Which tokens are read again: a ``share`` of all passages, or of the best one, instead of their
-    slots or ``besides``."""
+    """Which tokens are read again: a ``share`` of all passages, or of the best one, instead of
+    their slots or ``besides``."""
 
     of: str
     share: float
