@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -261,7 +262,9 @@ def main() -> None:
         if number % EVERY == 0 or number == len(examples):
             done = [e.id for e in examples[:number]]
             meta = describe(config, examples, backbone, reader, arms.fingerprints)
-            result = Result({**meta, "first": args.first}, [*read], done, None)
+            command = " ".join(["python", "benchmarks/quality/levers.py", *sys.argv[1:]])
+            meta |= {"command": command, "first": args.first}
+            result = Result(meta, [*read], done, None)
             result.add(rows)
             args.out.write_text(json.dumps(result.written(), indent=1))
             print(number, "of", len(examples), flush=True)
