@@ -276,7 +276,9 @@ def fill_readme() -> None:
         f"{_found(at(fine, '4*'))} right ({fine['full']['n']} questions, text {_found(fine['full'])}). Five "
         f"at 16x, weighed, keep {_kept(at(weighed[5], '16*'))}, {_found(at(weighed[5], '16*'))} right; in "
         f"as many slots, but kept at 8x, 16x and 32x and read finest first "
-        f"{_kept(at(weighed[5], '8-16-32/16x*'))}, {_found(at(weighed[5], '8-16-32/16x*'))} right.",
+        f"{_kept(at(weighed[5], '8-16-32/16x*'))}, {_found(at(weighed[5], '8-16-32/16x*'))} right; in half as "
+        f"many, kept at 16x, 32x and 64x, {_kept(at(weighed[5], '16-32-64/32x*'))}, "
+        f"{_found(at(weighed[5], '16-32-64/32x*'))} right.",
         "- **More thorough compressing lifts likelihood more than answers.** With `preset` `thorough` five passages, "
         f"weighed, keep {_kept(at(refined, '16*'))} at 16x, {_found(at(refined, '16*'))} right "
         f"({refined['full']['n']} questions, text {_found(refined['full'])}); with the one that matters "
