@@ -198,6 +198,7 @@ def fill_readme() -> None:
     ttft = {r["passages"]: r for r in read("serving/results/ttft_cpu.json")["results"]}
     hotpot = read("quality/results/hotpot_p5_weighed.json")["arms"]
     musique = read("quality/results/musique_p5_weighed.json")["arms"]
+    swapped = read("quality/results/nq_swap_p1.json")["arms"]
     hotpot_apart = read("quality/results/hotpot_p5_both.json")["arms"]
     cost = read("serving/results/precompute_cpu.json")
     presets = {r["preset"]: r for r in cost["results"]}
@@ -273,7 +274,10 @@ def fill_readme() -> None:
         f"- **Beyond 8x quality falls.** At 16x gists keep {_kept(at(one, 16))} with one passage, and "
         f"answers contain the gold answer in {_found(at(one, 16))}. Exact names and numbers go first; "
         f"use 4x where they matter: five passages, weighed, in four bits, keep {_kept(at(fine, '4*'))}, "
-        f"{_found(at(fine, '4*'))} right ({fine['full']['n']} questions, text {_found(fine['full'])}). Five "
+        f"{_found(at(fine, '4*'))} right ({fine['full']['n']} questions, text {_found(fine['full'])}). What "
+        "contradicts the model suffers even there: where the answer in a passage was exchanged for another "
+        f"(NQ-Swap, {swapped['full']['n']} questions, one passage) 4x keeps {_kept(at(swapped, 4))}, "
+        f"{_found(at(swapped, 4))} right (text {_found(swapped['full'])}). Five "
         f"at 16x, weighed, keep {_kept(at(weighed[5], '16*'))}, {_found(at(weighed[5], '16*'))} right; in "
         f"as many slots, but kept at 8x, 16x and 32x and read finest first "
         f"{_kept(at(weighed[5], '8-16-32/16x*'))}, {_found(at(weighed[5], '8-16-32/16x*'))} right; in half as "
