@@ -43,7 +43,6 @@ from gist_rag.prompt import RAG_SEPARATOR, framing
 from gist_rag.reader import load_backbone
 from gist_rag.types import GistState
 
-RATIOS = (8.0, 16.0)
 LINKS = {
     "as in the prompt": "\n\n",
     "a heading": "\n\nDocument:\n",
