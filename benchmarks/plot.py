@@ -313,7 +313,7 @@ def fill_readme() -> None:
         "interpreter and compile for sm_80, sm_90 and gfx942; no time on a GPU is claimed. Other "
         "engines (vLLM) cannot read gists yet.",
         "- **Of the nine published methods `trim_kv` is the one to use.** The eight others ship as well, "
-        "each after ten to twenty minutes of a CPU, and that is too little for gist tokens: at 4x with "
+        "each after ten to thirty minutes of a CPU, and that is too little for gist tokens: at 4x with "
         f"one passage they keep {min(kept):.2f} to {max(kept):.2f} ({shipped['full']['n']} questions), a "
         f"control that keeps every fourth token {shipped['strided@4']['m_norm']:.2f}, `trim_kv-4x` "
         f"{shipped['trim_kv-4x@4']['m_norm']:.2f} ([docs/methods.md](docs/methods.md)).",

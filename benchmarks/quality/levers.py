@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,7 +33,7 @@ from gist_rag.compose import Placed, arrange, weighed
 from gist_rag.compressors.attention_matching import AttentionMatching, AttentionMatchingConfig
 from gist_rag.compressors.repeat import REPEAT, Repeater
 from gist_rag.evaluate.arms import Arms, Reading
-from gist_rag.evaluate.config import EvaluateConfig
+from gist_rag.evaluate.config import Arm, EvaluateConfig
 from gist_rag.evaluate.result import Result, describe
 from gist_rag.evaluate.runner import predict
 from gist_rag.evaluate.tasks import Example, Task, load_task
@@ -44,7 +43,7 @@ from gist_rag.reader import load_backbone
 from gist_rag.types import GistState
 
 LINKS = {
-    "as in the prompt": "\n\n",
+    "as in the prompt": RAG_SEPARATOR,
     "a heading": "\n\nDocument:\n",
     "no meaning": "<|endoftext|>" * 4,
 }
@@ -113,10 +112,11 @@ class Asked:
     def source(self) -> int:
         return sum(map(len, self.ids))
 
-    def together(self, states: Sequence[GistState], weigh: bool = True) -> Reading:
-        """All passages, as ``evaluate`` reads them."""
-        row = self.arms.reading(self.example, states, range(len(states)), self.source)
-        return replace(row, placed=weighed(row.placed, self.weights)) if weigh else row
+    def together(self, states: Sequence[GistState], how: str = "*") -> Reading:
+        """All passages, as ``evaluate`` reads an arm with ``how`` behind its name."""
+        arm = Arm.parse(f"reuse{how}", ratio=1)
+        [row] = self.arms.gists(self.example, states, self.source, arm, self.judged)
+        return row
 
     def linked(self, states: Sequence[GistState], link: str) -> Reading:
         """With a text between passages."""
@@ -131,7 +131,8 @@ class Asked:
 
     def recomputed(self, states: States, how: Recompute) -> Reading:
         """With a share of the tokens read again."""
-        row = self.together(states[how.of.rstrip("*")], weigh=how.of.endswith("*"))
+        name, weigh, _ = how.of.partition("*")
+        row = self.together(states[name], weigh)
         placed: list[Placed] = []
         again: list[Local] = []
         for place, one in enumerate(row.placed):
@@ -167,15 +168,12 @@ def _cut(
 
 def plain(asked: Asked, states: States) -> dict[str, Reading]:
     """What ``evaluate`` has, too."""
-    everything = range(len(asked.ids))
-    text = asked.arms.reading(asked.example, states["8x"], everything, asked.source, [asked.best])
-    others = [weight for place, weight in enumerate(asked.weights) if place != asked.best]
     return {
-        "reuse": asked.together(states["reuse"], weigh=False),
+        "reuse": asked.together(states["reuse"], ""),
         "reuse*": asked.together(states["reuse"]),
-        "attention_matching@8": asked.together(states["8x"], weigh=False),
+        "attention_matching@8": asked.together(states["8x"], ""),
         "attention_matching@8*": asked.together(states["8x"]),
-        "attention_matching@8*+1": replace(text, placed=weighed(text.placed, others)),
+        "attention_matching@8*+1": asked.together(states["8x"], "*+1"),
         "attention_matching@16*": asked.together(states["16x"]),
     }
 
@@ -261,9 +259,7 @@ def main() -> None:
         if number % EVERY == 0 or number == len(examples):
             done = [e.id for e in examples[:number]]
             meta = describe(config, examples, backbone, reader, arms.fingerprints)
-            command = " ".join(["python", "benchmarks/quality/levers.py", *sys.argv[1:]])
-            meta |= {"command": command, "first": args.first}
-            result = Result(meta, [*read], done, None)
+            result = Result({**meta, "first": args.first}, [*read], done, None)
             result.add(rows)
             args.out.write_text(json.dumps(result.written(), indent=1))
             print(number, "of", len(examples), flush=True)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -105,8 +104,7 @@ def main() -> None:
         del bench
         torch.cuda.empty_cache()
     if args.out:
-        command = " ".join(["python", *sys.argv])
-        meta = {**environment(), "command": command, "dry_run": args.dry_run, "repeats": REPEATS}
+        meta = {**environment(), "dry_run": args.dry_run, "repeats": REPEATS}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"meta": meta, "results": rows}, indent=1) + "\n")
 

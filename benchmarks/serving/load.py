@@ -299,7 +299,6 @@ def main() -> None:
             "model": given.model,
             "load_average": round(os.getloadavg()[0], 1),
             "allowed_ms": ALLOWED_MS,
-            "command": " ".join(["python benchmarks/serving/load.py", *sys.argv[1:]]),
         }
         json.dump({"meta": meta, "results": results}, sys.stdout, indent=2)
         print()

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,13 +57,11 @@ def main(suites: Mapping[str, Sequence[str]], packages: Sequence[str], **setting
     as_json = parser.parse_args().json
     results = {name: run(tests) for name, tests in suites.items()}
     if as_json:
-        script = Path(sys.argv[0]).name
         meta = {
             **environment(),
             **{name: version(name) for name in packages},
             "model": DEFAULT_MODEL,
             **settings,
-            "command": " ".join([f"python benchmarks/serving/{script}", *sys.argv[1:]]),
         }
         json.dump({"meta": meta, "results": results}, sys.stdout, indent=2)
         print()

@@ -78,7 +78,7 @@ class Arms:
         for name, arm in arms.items():
             if arm.name not in TEXT_ARMS:
                 found = judged[arm.gists] if arm.chooses else None
-                out[name] = self._gists(example, states[arm.gists], source, arm, found)
+                out[name] = self.gists(example, states[arm.gists], source, arm, found)
             elif arm.name == "truncated":
                 cut = [max(1, round(len(i) / arm.ratios[0])) for i in ids]
                 texts = [self._text(i[:n]) for i, n in zip(ids, cut, strict=True)]
@@ -124,7 +124,7 @@ class Arms:
         prefix = self.backbone.prefix(ids[:cut])  # read once for scores and generation alike
         return Reading(prefix, (), Local.after(ids[cut:], len(prefix), 0), slots, source)
 
-    def _gists(
+    def gists(
         self,
         example: Example,
         states: Sequence[GistState],

@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
         "commit": _commit(),
-        "command": " ".join(["gist-rag", *sys.argv[1:]]),
+        "command": _command(),
     }
 
 
@@ -33,6 +33,16 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:  # run from its sources
         return "not installed"
+
+
+def _command() -> str:
+    """What was run: ``gist-rag``, or a script, named from the root of the repository on."""
+    script, root = Path(sys.argv[0]), Path(__file__).resolve().parents[2]
+    if script.suffix != ".py":
+        return " ".join(["gist-rag", *sys.argv[1:]])
+    if script.resolve().is_relative_to(root):
+        script = script.resolve().relative_to(root)
+    return " ".join(["python", str(script), *sys.argv[1:]])
 
 
 def _commit() -> str:
