@@ -23,7 +23,8 @@ class TrainConfig(BaseModel):
     Attributes:
         method: a compressor, or ``reader``.
         task: what is learnt from: ``passages``, gists of which are to be read as their text, or
-            ``thoughts``, which a method compresses while it decodes them (``train.traces``).
+            ``thoughts``, which a method compresses while it decodes them (``train.traces``), and
+            a ``reader``, for comparison, writes as they are.
         data: files of questions (``gist_rag.questions``), or of worked answers for ``thoughts``;
             where no question is asked, also a corpus, as ``precompute`` takes it.
         ratios: compression ratios, one drawn per step.
@@ -94,8 +95,6 @@ class TrainConfig(BaseModel):
         fewest, most = self.passages
         if not 1 <= fewest <= most:
             raise ValueError(f"passages {self.passages}: must be 1 <= fewest <= most")
-        if self.task == "thoughts" and self.method == READER:
-            raise ValueError("task thoughts: a reader does not compress its thoughts")
         if any(ratio < 1 for ratio in self.ratios):
             raise ValueError(f"ratios {self.ratios}: each must be 1 or more")
         return self

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from torch import Tensor
+
 from gist_rag.errors import BadInput
 from gist_rag.jsonl import read_lines
 from gist_rag.prompt import rag_pieces
@@ -49,6 +51,10 @@ class Example:
             return before, pieces
         head, last, rest = before.rpartition(self.passages[-1] if self.passages else "\0")
         return head + last, [rest]
+
+    def said(self, tokenize: Callable[[str], Tensor]) -> list[Tensor]:
+        """The answer's tokens, in parts that are written one after the other."""
+        return [tokenize(self.answer)]
 
 
 class Examples:

@@ -27,8 +27,7 @@ from gist_rag.losses import cross_entropy
 from gist_rag.reader import Reader
 from gist_rag.train.config import READER, TrainConfig
 from gist_rag.train.data import Example
-from gist_rag.train.traces import THOUGHT_END
-from gist_rag.types import GistState, Message
+from gist_rag.types import GistState
 
 T = TypeVar("T")
 
@@ -83,9 +82,12 @@ class Student(nn.Module):
 
     def _answer(self, example: Example) -> Tensor:
         """``(A,)`` the answer's tokens and the end token."""
-        backbone = self.backbone
-        end = torch.tensor([min(backbone.stop_ids)])
-        return torch.cat((backbone.tokenize(example.answer), end))
+        return torch.cat(self._said(example))
+
+    def _said(self, example: Example) -> list[Tensor]:
+        """The answer's tokens in their parts; the last one ends with the end token."""
+        *earlier, last = example.said(self.backbone.tokenize)
+        return [*earlier, torch.cat((last, torch.tensor([min(self.backbone.stop_ids)])))]
 
     def _read(
         self,
@@ -276,7 +278,9 @@ class ThoughtStudent(GistStudent):
         compressor = self.compressor
         ids, layouts, given = [], [], []
         for example in examples:
-            prompt, thoughts = self._trace(example)
+            before, pieces = example.pieces(self.backbone.render)
+            prompt = self.backbone.tokenize("".join([before, *filter(None, pieces)]))
+            thoughts = self._said(example)
             ends = torch.tensor([len(t) for t in thoughts]).cumsum(0) + len(prompt)
             ids.append(torch.cat((prompt, *thoughts)))
             layouts.append(compressor.trace_layout(len(prompt), ends.tolist()))
@@ -284,15 +288,6 @@ class ThoughtStudent(GistStudent):
         hidden = compressor.encode(ids, layouts)[-1]
         lm = compressor.language_loss(hidden, ids, layouts, given)
         return self._weighted({"lm": lm})
-
-    def _trace(self, example: Example) -> tuple[Tensor, list[Tensor]]:
-        """Token ids of the prompt and of each thought; the last one ends with the end token."""
-        tokenize = self.backbone.tokenize
-        prompt = self.backbone.render([Message(role="user", content=example.question)])
-        *earlier, last = example.answer.split(THOUGHT_END)
-        end = torch.tensor([min(self.backbone.stop_ids)])
-        thoughts = [tokenize(thought + THOUGHT_END) for thought in earlier]
-        return tokenize(prompt), [*thoughts, torch.cat((tokenize(last), end))]
 
 
 class ReaderStudent(Student):

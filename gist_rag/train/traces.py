@@ -6,16 +6,36 @@ import json
 import random
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from gist_rag.errors import BadInput
 from gist_rag.jsonl import read_lines
 from gist_rag.train.config import TrainConfig
 from gist_rag.train.data import Example
+from gist_rag.types import Message
 
 THOUGHT_END = "\n\n"
 _CALCULATOR = re.compile(r"<<.*?>>")
 _FINAL = re.compile(r"^####\s*", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Trace(Example):
+    """A question that is answered in thoughts, without passages."""
+
+    def pieces(self, render: Callable[[list[Message]], str]) -> tuple[str, list[str | None]]:
+        """What the prompt has before the question, and the rest of it."""
+        prompt = render([Message(role="user", content=self.question)])
+        before, question, rest = prompt.rpartition(self.question)
+        return before, [question + rest]
+
+    def said(self, tokenize: Callable[[str], Tensor]) -> list[Tensor]:
+        """Each thought with the blank line that ends it."""
+        *earlier, last = self.answer.split(THOUGHT_END)
+        return [*(tokenize(thought + THOUGHT_END) for thought in earlier), tokenize(last)]
 
 
 class Traces:
@@ -40,14 +60,14 @@ class Traces:
             )
         random.Random(config.seed).shuffle(self.traces)
 
-    def batch(self, step: int) -> tuple[list[Example], float]:
+    def batch(self, step: int) -> tuple[list[Trace], float]:
         """Examples of a step, and a compression ratio, which thoughts do not use."""
         first = step * self.config.batch_size
         rows = (first + i for i in range(self.config.batch_size))
         return [self.traces[row % len(self.traces)] for row in rows], self.config.ratios[0]
 
 
-def load_traces(path: Path | str) -> list[Example]:
+def load_traces(path: Path | str) -> list[Trace]:
     """Rows ``{"question", "answer"}`` of a JSON Lines file, perhaps gzipped, as GSM8K has them:
     one step a line, calculator notes in ``<<>>``, the result after ``####``.
 
@@ -57,7 +77,7 @@ def load_traces(path: Path | str) -> list[Example]:
     return [_parse(line, place) for place, line in read_lines(path)]
 
 
-def _parse(line: str, place: str) -> Example:
+def _parse(line: str, place: str) -> Trace:
     try:
         row = json.loads(line)
         question, answer = str(row["question"]), str(row["answer"])
@@ -65,4 +85,4 @@ def _parse(line: str, place: str) -> Example:
         raise BadInput(f"{place} is no row of question and answer: {error}") from error
     answer = _FINAL.sub("The answer is ", _CALCULATOR.sub("", answer))
     steps = [step.strip() for step in answer.splitlines() if step.strip()]
-    return Example(question.strip(), THOUGHT_END.join(steps), ())
+    return Trace(question.strip(), THOUGHT_END.join(steps), ())
