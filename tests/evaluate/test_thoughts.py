@@ -107,6 +107,6 @@ def test_a_run_is_gone_on_with(
     assert {arm["n"] for arm in arms.values()} == {3}
     assert arms["full"]["nll"] == arms["plain"]["nll"]  # a LoRA that has learnt nothing
     assert arms["recent@8"]["peak"] < arms["light_thinker"]["peak"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--budgets", "9"])
     with pytest.raises(SystemExit, match="budgets"):
-        monkeypatch.setattr(sys, "argv", [*sys.argv, "--budgets", "9"])
         thoughts.main()
