@@ -71,7 +71,8 @@ plots: .venv/.dev ## draw pictures and tables from the result files
 	$(BIN)/python benchmarks/plot.py
 
 gpu: ## tests, kernel timings, training and evaluation on a CUDA device, into out/
-	$(GPU_PYTHON) benchmarks/gpu.py --out out $(if $(DATA),--data $(DATA)) $(if $(TASK),--task $(TASK))
+	$(GPU_PYTHON) benchmarks/gpu.py --out out $(if $(DATA),--data $(DATA)) $(if $(TASK),--task $(TASK)) \
+		$(if $(STEP_SECONDS),--seconds $(STEP_SECONDS))
 
 clean: ## remove .venv, builds and caches
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

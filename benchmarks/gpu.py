@@ -2,9 +2,11 @@
 
     python benchmarks/gpu.py --out DIR [--only tests,kernels] [--model M] [--data FILE ...] [--list]
 
-Correctness first, then timings, then training and evaluation. A step that fails is reported and the
-next one runs; the exit code is 1 then. Needs torch, triton, transformers, accelerate and pytest; no
-FAISS, no LangChain, no installation of this project.
+Correctness first, then timings, then training and evaluation; a reader last, as one ships. A step
+that fails, or takes longer than ``--seconds``, is reported and the next one runs; the exit code is
+then 1. What a training that was stopped had learnt at its last checkpoint is evaluated. Needs
+torch, triton, transformers, accelerate and pytest; no FAISS, no LangChain, no installation of this
+project.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ OPERATIONS = (
     "retention_attention",
     "select_fit",
 )
-METHODS = ("trim_kv", "gist_pool", "unigist", "autoencoding", "sentence_anchored")
+METHODS = (
+    *("unigist", "gisting", "sentence_anchored", "autoencoding", "gist_pool", "incomes"),
+    *("gist_coco", "light_thinker", "trim_kv"),
+)
 CONFIGS = {"trim_kv": "trim_kv.yaml --steps 1500"}
 """Of methods that are not trained as the others are."""
 PYTHON = shlex.quote(sys.executable)
@@ -43,13 +48,9 @@ def steps(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     yield "serving", f"{PYTHON} benchmarks/serving/first_token.py --out {out}/first_token.json"
     data = " ".join(f"--data {path}" for path in args.data)
     train = f"{CLI} train {model} {data} --config benchmarks/training"
-    if args.data:
-        yield "train-reader", f"{train}/reader.yaml --steps 1500 --batch-size 64 --out {out}/reader"
-    reader = f"--reader {out}/reader" if args.data else ""
     for method in METHODS if args.data else ():
         config = CONFIGS.get(method, "gists.yaml")
-        command = f"{train}/{config} --method {method} {reader}"
-        yield f"train-{method}", f"{command} --out {out}/{method}"
+        yield f"train-{method}", f"{train}/{config} --method {method} --out {out}/{method}"
     for passages in (1, 5, 10) if args.task else ():
         trained = [f"{out}/{method}" for method in METHODS if (out / method).exists()]
         ratios = [f"attention_matching@{ratio}" for ratio in (8, 16, 32)]
@@ -60,17 +61,20 @@ def steps(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         arms = ",".join(("reuse", *ratios, *several, "attention_matching@16+1", *trained))
         yield (
             f"evaluate-{passages}",
-            f"{command} {reader} --preset best --arms {arms} --out {out}/nq_p{passages}.json",
+            f"{command} --preset best --arms {arms} --out {out}/nq_p{passages}.json",
         )
+    if args.data:
+        yield "train-reader", f"{train}/reader.yaml --steps 1500 --batch-size 64 --out {out}/reader"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", default="out", help="folder of the results")
     parser.add_argument("--only", default="", help="names of steps, or what they begin with")
-    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--model", default="smollm2-135m-rag")
     parser.add_argument("--data", nargs="*", type=Path, default=[], help="training questions")
     parser.add_argument("--task", type=Path, help="questions to evaluate on")
+    parser.add_argument("--seconds", type=float, help="longest that a step may take")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     args = parser.parse_args()
     wanted = tuple(filter(None, args.only.split(",")))
@@ -84,11 +88,16 @@ def main() -> None:
         if args.list:
             continue
         started = time.perf_counter()
-        done = subprocess.run(
-            shlex.split(command), cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}
-        )
-        print(f"[{name}] exit {done.returncode}, {time.perf_counter() - started:.0f} s", flush=True)
-        if done.returncode:
+        environment = os.environ | {"PYTHONPATH": paths}
+        try:
+            done = subprocess.run(
+                shlex.split(command), cwd=ROOT, env=environment, timeout=args.seconds
+            )
+            ended = f"exit {done.returncode}"
+        except subprocess.TimeoutExpired:
+            ended = "stopped"
+        print(f"[{name}] {ended}, {time.perf_counter() - started:.0f} s", flush=True)
+        if ended != "exit 0":
             failed.append(name)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
