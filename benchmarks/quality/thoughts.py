@@ -286,8 +286,9 @@ def main() -> None:
     backbone, reader = load_backbone(args.model, args.reader, dtype=args.dtype)
     assert reader is not None
     arms = Arms(backbone, reader, args)
-    told_so = {k: str(v) for k, v in vars(args).items() if k not in ("limit", "dtype", "out")}
-    same = told_so | {"compressors": arms.fingerprints, "reader_fingerprint": reader.fingerprint}
+    given = vars(args) | {"task": args.task.name}
+    same = {k: v for k, v in given.items() if k not in ("limit", "dtype", "out")}
+    same |= {"compressors": arms.fingerprints, "reader_fingerprint": reader.fingerprint}
     rows: list[Row] = []
     if args.out.exists():
         before = json.loads(args.out.read_text())

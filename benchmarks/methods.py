@@ -1,0 +1,144 @@
+"""The picture and the tables of ``docs/methods.md``, from the result files (see ``plot.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib.pyplot as plt
+from figures import ROOT, found, kept, put, save, scores_of, table
+
+METHODS = ROOT / "docs" / "methods.md"
+STEPS = {"unigist-4x": "100 steps", "sentence_anchored-4x": "100 steps"}
+"""Of what ships, where they were not sixty."""
+CONTROLS = ("strided", "mean_pooled")
+UNTAUGHT = ("attention_matching", *CONTROLS)
+EXACT = {
+    "boundary": ("start", "middle", "end"),
+    "surprise": ("related", "unrelated"),
+    "punctuation": ("with", "without"),
+    "along": ("first_8", "first_32"),
+    "key_value": ("first_8", "first_36"),
+}
+"""Which scores of each probe are shown."""
+Arms = Mapping[str, dict[str, Any]]
+
+
+def gist_methods(arms: Arms) -> list[str]:
+    """Names of the trained methods with gist tokens that a result has at 4x, the best first."""
+    names = [arm.partition("@")[0] for arm in arms if arm.endswith("-4x@4")]
+    names.remove("trim_kv-4x")
+    return sorted(names, key=lambda name: -arms[f"{name}@4"]["m_norm"])
+
+
+def draw() -> None:
+    """Share kept against the ratio, all methods and controls, one passage."""
+    arms = dict(scores_of("shipped_p1"))
+    figure, axis = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
+    names = dict.fromkeys(arm.partition("@")[0] for arm in arms if "@" in arm)
+    colours = plt.get_cmap("tab20").colors
+    for number, name in enumerate(names):
+        points = sorted(
+            (float(arm.partition("@")[2]), scores["m_norm"])
+            for arm, scores in arms.items()
+            if arm.startswith(f"{name}@")
+        )
+        style = ":s" if name in CONTROLS else "-o"
+        axis.plot(*zip(*points, strict=True), style, color=colours[number], label=name, ms=4)
+    axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([2, 4, 8, 16], ["2x", "4x", "8x", "16x"])
+    axis.set_ylim(-0.1, 1.2)
+    axis.set_xlabel("compression ratio (tokens per slot)")
+    axis.set_ylabel("share of the text's benefit kept (NLL)")
+    axis.set_title(f"one passage, {arms['full']['n']} questions", fontsize=10)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=3)
+    save(figure, "methods.svg")
+
+
+def fill() -> None:
+    """All marked tables."""
+    put(METHODS, "shipped", *shipped())
+    put(METHODS, "tasks", *tasks())
+    put(METHODS, "probes", *probes())
+    put(METHODS, "thoughts", *thoughts())
+
+
+def shipped() -> list[str]:
+    arms = scores_of("shipped_p1")
+    beside, paper = scores_of("methods_untrained_p1"), scores_of("methods_paper_positions_p1")
+    paper = {f"{arm}@4": scores for arm, scores in paper.items()}
+    beside["incomes@4"] = paper.pop("incomes@4")  # whose gists have but one place
+
+    def alone(scores: dict[str, Any] | None) -> str:
+        return f"{scores['m_norm']:.2f}" if scores else ""
+
+    def row(arm: str, untrained: str = "") -> list[str]:
+        scores, name = arms[arm], arm.partition("@")[0]
+        note = f" ({STEPS[name]})" if name in STEPS else " (control)" if name in CONTROLS else ""
+        before = [alone(beside.get(untrained)), alone(paper.get(untrained))]
+        share = "1" if arm == "full" else kept(scores)
+        label = "text" if arm == "full" else f"`{name}`{note}"
+        return [label, share, found(scores), f"{scores['choice']:.2f}", *before]
+
+    head = ["", "kept", "right", "choice", "untrained", "untrained, where the papers have gists"]
+    gists = [row(f"{name}@4", name.replace("-4x", "@4")) for name in gist_methods(arms)]
+    controls = [row(f"{name}@4") for name in CONTROLS]
+    return table(head, [row("full"), row("trim_kv-4x@4"), *gists, *controls])
+
+
+def tasks() -> list[str]:
+    results = {"SQuAD": scores_of("squad_p1"), "NQ-Swap": scores_of("nq_swap_p1")}
+    head = [f"{name} (text {found(arms['full'])})" for name, arms in results.items()]
+    names = [arm for arm in results["SQuAD"] if "@" in arm]
+    names.sort(key=lambda arm: -results["SQuAD"][arm]["m_norm"])
+    rows = [
+        [_label(arm), *(f"{kept(arms[arm])}, {found(arms[arm])}" for arms in results.values())]
+        for arm in names
+    ]
+    return table(["", *head], rows)
+
+
+def probes() -> list[str]:
+    results = {name: scores_of(f"probe_{name}") for name in EXACT}
+    head = []
+    for name, arms in results.items():
+        scores = ", ".join(EXACT[name]).replace("_", " ")
+        head.append(f"{name} ({arms['full']['n']}): {scores}")
+    gists = gist_methods(results["boundary"])
+    names = [f"{n}@4" for n in ("attention_matching", "trim_kv-4x", *gists, *CONTROLS)]
+    rows = [
+        [_label(arm), *(_shares(results[probe], arm, probe) for probe in EXACT)]
+        for arm in ("full", *names)
+    ]
+    return table(["", *head], rows)
+
+
+def _shares(arms: Arms, arm: str, probe: str) -> str:
+    if arm not in arms:
+        return ""
+    return ", ".join(f"{arms[arm]['scores'][score]:.2f}" for score in EXACT[probe])
+
+
+def thoughts() -> list[str]:
+    arms = scores_of("thoughts_gsm8k")
+    head = ["", "kept", "NLL", "slots", "at most", "result right"]
+    rows = []
+    for arm, s in arms.items():
+        right = found(s) if "contains" in s else ""
+        rows.append([f"`{arm}`", kept(s), f"{s['nll']:.3f}", f"{s['kv_slots']:.0f}",
+                     f"{s['peak']:.0f}", right])  # fmt: skip
+    return table(head, rows)
+
+
+def _label(arm: str) -> str:
+    name, _, ratio = arm.partition("@")
+    if arm == "full":
+        return "text"
+    note = f", {ratio}x" if name in UNTAUGHT else ""
+    return f"`{name}`{note}{' (control)' if name in CONTROLS else ''}"
+
+
+if __name__ == "__main__":
+    draw()
+    fill()
