@@ -50,13 +50,13 @@ def token_importance(full: Tensor, closed: Tensor, targets: Tensor, gamma: float
         return gain.clamp_max(gamma).exp()
 
 
-def capacity(occupancy: Tensor, budget: float, num_tokens: int) -> Tensor:
+def capacity(occupancy: Tensor, budget: float, num_tokens: int | Tensor) -> Tensor:
     """How far a soft cache is filled above its budget, as a share of all tokens; a scalar.
 
-    ``mean over heads of max(0, occupancy - budget) / T`` (arXiv:2512.03324, the capacity loss at
-    one point in time).
+    ``mean over heads and times t of max(0, occupancy_t - budget) / t`` (arXiv:2512.03324).
 
     Args:
-        occupancy: ``(R,)`` what is left of a passage in each head, in tokens.
+        occupancy: ``(R,)`` what is left of a text in each head, in tokens, after ``num_tokens`` of
+            it, or ``(R, T)`` after each of ``num_tokens`` ``(T,)``.
     """
-    return (occupancy - budget).relu().mean() / num_tokens
+    return ((occupancy - budget).relu() / num_tokens).mean()

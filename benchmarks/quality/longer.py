@@ -1,8 +1,8 @@
 """Questions > the same ones with one long passage each: the gold ones among others, joined.
 
-    python benchmarks/quality/longer.py --task nq_10doc_dev.jsonl.gz --passages 4 --out long.jsonl.gz
+    python benchmarks/quality/longer.py --task nq_10doc_dev.jsonl.gz --out long.jsonl.gz
 
-The questions are the first of ``evaluate`` with the same ``--seed`` and ``--limit``, in its order.
+The questions are the first of ``evaluate`` with the same ``--seed`` and ``--limit``.
 """
 
 from __future__ import annotations

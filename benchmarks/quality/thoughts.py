@@ -38,6 +38,7 @@ from transformers import DynamicCache
 
 from gist_rag.backbone import Backbone
 from gist_rag.compressors import make_compressor
+from gist_rag.compressors.base import Thoughts
 from gist_rag.compressors.light_thinker import LightThinker
 from gist_rag.compressors.trim_kv import TrimKV, TrimmedCache
 from gist_rag.evaluate import metrics
@@ -170,7 +171,7 @@ def told_apart(backbone: Backbone, asked: Asked, reader: Reader) -> Row:
 def told_squeezed(thinker: LightThinker, asked: Asked) -> Row:
     """The given answer in one pass, under the mask that decoding comes down to."""
     ids = torch.cat((asked.prompt, asked.answer))
-    layout = thinker.trace_layout(len(asked.prompt), asked.ends)
+    layout = thinker.thought_layout(Thoughts(ids, [len(asked.prompt), *asked.ends]))
     before = (~layout.is_gist).nonzero()[len(asked.prompt) :, 0] - 1  # who tells each token
     hidden = thinker.encode([ids], [layout])[-1, 0, before]
     losses = nll(thinker.backbone, hidden, asked.answer)

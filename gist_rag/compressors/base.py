@@ -116,6 +116,24 @@ class Answers:
     closed: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Thoughts:
+    """A prompt and the thoughts that answer it.
+
+    Attributes:
+        ids: ``(T,)``.
+        ends: exclusive ends in ``ids`` of the prompt and of each thought.
+    """
+
+    ids: Tensor
+    ends: Sequence[int]
+
+    @property
+    def num_given(self) -> int:
+        """Tokens of the prompt."""
+        return self.ends[0]
+
+
 class Compressor(nn.Module):
     """Turns passages into ``GistState``s, independent of question and neighbours.
 
@@ -205,13 +223,9 @@ class Compressor(nn.Module):
         """Terms of the training loss from the passages alone, scalars by name; default: none."""
         return {}
 
-    def trace_layout(self, num_given: int, thought_ends: Sequence[int]) -> Layout:
-        """How a prompt and the thoughts that answer it are laid out, for methods that compress
-        their own thoughts while they decode.
-
-        Args:
-            num_given: tokens of the prompt.
-            thought_ends: exclusive token ends of the thoughts, counted with the prompt.
+    def thought_losses(self, thoughts: Sequence[Thoughts]) -> dict[str, Tensor]:
+        """Terms of the training loss from worked answers, scalars by name, for methods that
+        compress their own thoughts while they decode.
 
         Raises:
             BadInput: the method does not do so.

@@ -14,7 +14,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gist_rag.backbone import forget
-from gist_rag.compressors.base import CompressorConfig, TrainedCompressor, TrainedConfig
+from gist_rag.compressors.base import (
+    CompressorConfig,
+    Thoughts,
+    TrainedCompressor,
+    TrainedConfig,
+)
 from gist_rag.errors import ContextOverflow
 from gist_rag.layout import Layout, unit_ends, unit_slots
 
@@ -94,11 +99,18 @@ class LightThinker(TrainedCompressor):
         ends = unit_ends(breaks, size, math.ceil(slots / each), longest)
         return self.placed(self._layout(ends, unit_slots(ends, slots, each), config.sinks))
 
-    def trace_layout(self, num_given: int, thought_ends: Sequence[int]) -> Layout:
+    def thought_layout(self, thoughts: Thoughts) -> Layout:
         """The last thought stays text: nothing follows that would need its cache tokens."""
-        ends = [num_given, *thought_ends]
-        slots = [0, *[self.num_embeddings] * (len(thought_ends) - 1), 0]
-        return self._layout(ends, slots, num_given)
+        squeezed = len(thoughts.ends) - 2
+        slots = [0, *[self.num_embeddings] * squeezed, 0]
+        return self._layout(thoughts.ends, slots, thoughts.num_given)
+
+    def thought_losses(self, thoughts: Sequence[Thoughts]) -> dict[str, Tensor]:
+        """The mask of one pass is what decoding does step by step, so every token of a thought is
+        learnt as it will be told: from the prompt, what is kept of earlier thoughts, its own."""
+        ids, layouts = [t.ids for t in thoughts], [*map(self.thought_layout, thoughts)]
+        hidden, given = self.encode(ids, layouts)[-1], [t.num_given for t in thoughts]
+        return {"lm": self.language_loss(hidden, ids, layouts, given)}
 
     def _layout(self, ends: Sequence[int], slots: Sequence[int], prefix: int) -> Layout:
         """Units with ``slots`` gists each: cache tokens, then ``[o]``, which sees no text."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -18,12 +18,13 @@ from gist_rag.compressors.base import (
     CompressorConfig,
     Lesson,
     NestedConfig,
+    Thoughts,
     best_slots,
     nested,
 )
 from gist_rag.errors import BadInput, ContextOverflow
 from gist_rag.layout import Layout
-from gist_rag.losses import capacity, distill
+from gist_rag.losses import capacity, cross_entropy, distill
 from gist_rag.types import GistState
 
 
@@ -60,12 +61,13 @@ class TrimKV(Compressor):
 
     with t = T + ``horizon`` and M = T / ratio (TRIM-KV, arXiv:2512.03324). Loss: ``kl + ce + cap``,
     where ``cap`` is how far ``sum_i beta_i^(t - i)`` lies above M. Only gates learn. With ``fade``,
-    ``KL(plain || faded)`` of a passage's own next tokens is added, t being each token in turn.
+    ``KL(plain || faded)`` of a passage's own next tokens is added, t being each token in turn. For
+    thoughts (``train --task thoughts``) t is each of their tokens in all three terms.
 
-    What differs from the paper: it trims one growing context, so its t runs over all queries; here
-    a passage is trimmed once, for a question at the horizon, and the capacity loss looks at that t
-    only; ``fade`` adds the paper's. The released eager code multiplies logits by beta^(t - i); the
-    sum of the paper is used, which equals soft eviction. Gates are ``width`` wide (512 there).
+    What differs from the paper: it trims one growing context, so its t runs over all queries, as
+    for thoughts here; but a passage is trimmed once, for a question at the horizon, and the
+    capacity loss looks at that t only. The released eager code multiplies logits by
+    beta^(t - i); the sum of the paper is used, which equals soft eviction. Gates are ``width`` wide (512 there).
     ``budget="global"`` lets heads differ, in the capacity loss too (the paper's code has it for
     inference). ``decode`` trims while it generates, as there. ``trim_kv-4x``, which ships, was not
     taught by answers but by the loss term ``score``: (t - i) log beta_i is to be the log of the
@@ -110,29 +112,56 @@ class TrimKV(Compressor):
                 filled = filled.mean(0, keepdim=True)
             budget = state.num_tokens / self.config.ratio
             over.append(capacity(filled, budget, state.num_tokens))
+        fade = torch.zeros_like(over[0])
+        if self.config.fade:
+            first, plain = [1] * len(lesson.passages), lesson.hidden.detach()
+            teacher, student, _ = self._fading(lesson.passages, first, plain)
+            fade = distill(teacher, student).sum() / max(1, len(teacher))
+        return {"cap": torch.stack(over).mean(), "fade": fade}
+
+    def thought_losses(self, thoughts: Sequence[Thoughts]) -> dict[str, Tensor]:
+        """Each token of a thought is read with the decay of all before it (the prompt's too), and
+        ``cap`` looks at each of them, as in the paper."""
+        ids = [t.ids for t in thoughts]
+        plain = self.encode(ids)
+        teacher, student, targets = self._fading(ids, [t.num_given for t in thoughts], plain)
+        rows = zip(self._log_beta(plain).unbind(1), ids, strict=True)
         return {
-            "cap": torch.stack(over).mean(),
-            "fade": self._fade(lesson) if self.config.fade else torch.zeros_like(over[0]),
+            "kl": distill(teacher, student).mean(),
+            "ce": cross_entropy(student, targets).mean(),
+            "cap": torch.stack([self._over(row[..., : len(text)]) for row, text in rows]).mean(),
         }
 
-    def _fade(self, lesson: Lesson) -> Tensor:
-        """KL of the passages' next tokens, read with decay, from the plain model's; of more than
-        ``MAX_LM_TOKENS`` tokens a sample."""
-        plain = lesson.hidden.detach()
-        gates = self.gates(self.backbone.normed(plain[:-1]).flatten(1, 2))  # (L, H, B * S)
-        log_beta = gates.unflatten(2, plain.shape[1:3]).transpose(1, 2)  # (L, B, H, S)
-        ids = nn.utils.rnn.pad_sequence(list(lesson.passages), batch_first=True)
-        faded = self.backbone.encode(ids, log_beta=log_beta)
-        ends = torch.tensor([len(p) - 1 for p in lesson.passages])
-        rows, slots = (torch.arange(ids.shape[1]) < ends[:, None]).nonzero(as_tuple=True)
-        if not len(rows):
-            return faded.new_zeros(())
+    def _fading(
+        self, texts: Sequence[Tensor], given: Sequence[int], plain: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits ``(N, V)`` of the plain and of the fading stream for the texts' tokens ``(N,)``
+        behind those given; of more than ``MAX_LM_TOKENS`` tokens a sample."""
+        ids = nn.utils.rnn.pad_sequence([*texts], batch_first=True)
+        faded = self.backbone.encode(ids, log_beta=self._log_beta(plain))
+        slot = torch.arange(ids.shape[1])
+        first, last = torch.tensor(given) - 1, torch.tensor([len(text) - 2 for text in texts])
+        told = (slot >= first[:, None]) & (slot <= last[:, None])
+        rows, slots = told.nonzero(as_tuple=True)
         chosen = torch.randperm(len(rows))[:MAX_LM_TOKENS]
-        teacher, student = (
-            self.backbone.logits(stream[-1][rows[chosen], slots[chosen]])
-            for stream in (plain, faded)
-        )
-        return distill(teacher, student).mean()
+        rows, slots = rows[chosen], slots[chosen]
+        teacher, student = (self.backbone.logits(s[-1][rows, slots]) for s in (plain, faded))
+        return teacher, student, ids[rows, slots + 1].to(student.device)
+
+    def _log_beta(self, hidden: Tensor) -> Tensor:
+        """``(L, B, H, S)`` from residual streams ``(L + 1, B, S, E)``."""
+        gates = self.gates(self.backbone.normed(hidden[:-1]).flatten(1, 2))  # (L, H, B * S)
+        log_beta: Tensor = gates.unflatten(2, hidden.shape[1:3]).transpose(1, 2)
+        return log_beta
+
+    def _over(self, log_beta: Tensor) -> Tensor:
+        """How far a text ``(L, H, T)`` stands above its budget, on average over its tokens."""
+        time = torch.arange(log_beta.shape[2], device=log_beta.device)
+        age = (time[:, None] - time).clamp_min(0)
+        left = (log_beta[..., None, :] * age).exp().tril().sum(-1).flatten(0, 1)  # (L * H, T)
+        if self.config.budget == "global":
+            left = left.mean(0, keepdim=True)
+        return capacity(left, len(time) / self.config.ratio, time + 1)
 
     @torch.no_grad()
     def decode(

@@ -1,7 +1,7 @@
 """Who learns, and what one step computes: the serving path with gradients on.
 
 GistStudent     compress > compose > read; the teacher is the same model reading the text
-ThoughtStudent  one pass over prompt and thoughts, earlier ones seen by their gists only
+ThoughtStudent  worked answers, earlier thoughts of which are compressed or fade
 ReaderStudent   read text or finished gists; there is no teacher but the answer
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from gist_rag.backbone import Backbone, Context
 from gist_rag.compose import arrange, compose
 from gist_rag.compressors import Compressor, make_compressor
-from gist_rag.compressors.base import Answers, Lesson
+from gist_rag.compressors.base import Answers, Lesson, Thoughts
 from gist_rag.compressors.full import Full
 from gist_rag.compressors.repeat import Repeat, Repeater, Target
 from gist_rag.errors import BadInput
@@ -261,33 +262,23 @@ class GistStudent(Student):
 
 
 class ThoughtStudent(GistStudent):
-    """A compressor that learns to go on from its own compressed thoughts.
-
-    The mask of one pass is what decoding does step by step, so every token of a thought is learnt
-    as it will be told: from the prompt, what is kept of earlier thoughts, and its own.
-    """
+    """A compressor that learns to go on from its own compressed thoughts."""
 
     def __init__(
         self, backbone: Backbone, config: TrainConfig, reader: Reader | None = None
     ) -> None:
         super().__init__(backbone, config, reader)
-        self.compressor.trace_layout(1, [2])  # refuses now, not at the first step
-        self.weights = {"lm": 1.0, **config.weights}
+        self.weights = {**self.compressor.loss_weights, "lm": 1.0, **config.weights}
 
     def forward(self, examples: Sequence[Example], ratio: float) -> dict[str, Tensor]:
-        compressor = self.compressor
-        ids, layouts, given = [], [], []
-        for example in examples:
-            before, pieces = example.pieces(self.backbone.render)
-            prompt = self.backbone.tokenize("".join([before, *filter(None, pieces)]))
-            thoughts = self._said(example)
-            ends = torch.tensor([len(t) for t in thoughts]).cumsum(0) + len(prompt)
-            ids.append(torch.cat((prompt, *thoughts)))
-            layouts.append(compressor.trace_layout(len(prompt), ends.tolist()))
-            given.append(len(prompt))
-        hidden = compressor.encode(ids, layouts)[-1]
-        lm = compressor.language_loss(hidden, ids, layouts, given)
-        return self._weighted({"lm": lm})
+        self.compressor.set_ratio(ratio)
+        return self._weighted(self.compressor.thought_losses([*map(self._thoughts, examples)]))
+
+    def _thoughts(self, example: Example) -> Thoughts:
+        before, pieces = example.pieces(self.backbone.render)
+        prompt = self.backbone.tokenize("".join([before, *filter(None, pieces)]))
+        parts = [prompt, *self._said(example)]
+        return Thoughts(torch.cat(parts), [*accumulate(map(len, parts))])
 
 
 class ReaderStudent(Student):

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from gist_rag.backbone import Backbone
 from gist_rag.compressors import make_compressor
-from gist_rag.compressors.base import Compressor
+from gist_rag.compressors.base import Compressor, Thoughts
 from gist_rag.compressors.light_thinker import LightThinker
 from gist_rag.errors import BadInput, ContextOverflow
 from gist_rag.layout import Layout
@@ -124,7 +124,7 @@ def test_thinking_equals_one_masked_pass(
     thoughts = [backbone.tokenize(t) for t in ("Two and two.\n\n", "That is four.\n\n", "4")]
     ids = torch.cat((prompt, *thoughts))
     ends = torch.tensor([len(t) for t in thoughts]).cumsum(0) + len(prompt)
-    layout = method.trace_layout(len(prompt), ends.tolist())
+    layout = method.thought_layout(Thoughts(ids, [len(prompt), *ends.tolist()]))
     with torch.no_grad():
         hidden = method.encode([ids], [layout])[-1, 0]
         before = (~layout.is_gist).nonzero()[len(prompt) :, 0] - 1
@@ -165,4 +165,4 @@ def test_thinking_leaves_no_update_behind(method: LightThinker, ids: Tensor) -> 
 
 def test_other_methods_say_that_they_cannot(backbone: Backbone) -> None:
     with pytest.raises(BadInput, match="does not compress its own thoughts"):
-        make_compressor("gisting", backbone).trace_layout(3, [6])
+        make_compressor("gisting", backbone).thought_losses([])

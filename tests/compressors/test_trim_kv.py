@@ -11,7 +11,7 @@ from torch import Tensor
 from gist_rag.backbone import Backbone, Context, Local
 from gist_rag.compose import Placed, compose
 from gist_rag.compressors import make_compressor
-from gist_rag.compressors.base import Lesson
+from gist_rag.compressors.base import Lesson, Thoughts
 from gist_rag.compressors.trim_kv import TrimKV, TrimmedCache
 from gist_rag.errors import BadInput, ContextOverflow
 from gist_rag.losses import capacity, distill
@@ -186,6 +186,8 @@ def test_what_fades_is_read_less_in_every_layer(make: Callable[..., TrimKV], ids
     expected = float(wanted[0, :-1].mean())
     assert expected > 1e-3
     assert float(method.passage_losses(given)["fade"].detach()) == pytest.approx(expected, rel=1e-3)
+    thought = method.thought_losses([Thoughts(ids, [10, 30, 48])])["kl"]
+    assert float(thought.detach()) == pytest.approx(float(wanted[0, 9:-1].mean()), rel=1e-3)
 
 
 def test_fading_teaches_gates_of_every_layer(make: Callable[..., TrimKV], ids: Tensor) -> None:
@@ -200,6 +202,31 @@ def test_a_passage_of_one_token_has_nothing_to_fade(
 ) -> None:
     method = make(fade=True)
     assert float(method.passage_losses(lesson(method, [ids[:1]]))["fade"].detach()) == 0
+
+
+def test_thoughts_stand_above_their_budget_at_each_token(
+    make: Callable[..., TrimKV], ids: Tensor
+) -> None:
+    method = make(start=2.0, ratio=4.0)
+    passages = [ids, ids[:30]]
+    loss = method.thought_losses([Thoughts(p, [10, len(p)]) for p in passages])["cap"]
+    over = []
+    for passage in passages:
+        fading = log_beta(method, passage)  # (L * H, T)
+        size = len(passage)
+        for t in range(size):
+            held = (fading[:, : t + 1] * (t - torch.arange(t + 1))).exp().sum(1)
+            over.append((held - size / 4).relu().mean() / (t + 1) / size)
+    assert float(loss.detach()) == pytest.approx(float(sum(over)) / 2, rel=1e-4)
+    assert float(loss.detach()) > 0.01
+
+
+def test_thoughts_far_back_leave_gradients_finite(make: Callable[..., TrimKV], ids: Tensor) -> None:
+    """exp of an age below zero would be infinite, and its gradient no number."""
+    method = make(start=-30.0)
+    torch.stack([*method.thought_losses([Thoughts(ids, [10, 48])]).values()]).sum().backward()  # type: ignore[no-untyped-call]
+    grads = [weight.grad for weight in method.gates.parameters()]
+    assert all(grad is not None and bool(grad.isfinite().all()) for grad in grads)
 
 
 # ---- trimming while decoding

@@ -81,6 +81,16 @@ def test_thinking_is_learnt(file: Path, tiny_model_folder: Path, tmp_path: Path)
     assert (tmp_path / "run" / "compressor.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_gates_learn_from_thoughts(file: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    settings = {"start": 2.0, "width": 16}
+    out = tmp_path / "run"
+    reports = run(file, tiny_model_folder, out, method="trim_kv", settings=settings)
+    first, last = (sum(reports[i].losses.values()) for i in (0, -1))
+    assert reports[0].losses.keys() == {"kl", "ce", "cap"}
+    assert last < first
+
+
 def test_others_compress_no_thoughts(file: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="does not compress its own thoughts"):
         run(file, tiny_model_folder, tmp_path / "run", method="gisting", settings={})
