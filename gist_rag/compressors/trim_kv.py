@@ -67,13 +67,13 @@ class TrimKV(Compressor):
     What differs from the paper: it trims one growing context, so its t runs over all queries, as
     for thoughts here; but a passage is trimmed once, for a question at the horizon, and the
     capacity loss looks at that t only. The released eager code multiplies logits by
-    beta^(t - i); the sum of the paper is used, which equals soft eviction. Gates are ``width`` wide (512 there).
-    ``budget="global"`` lets heads differ, in the capacity loss too (the paper's code has it for
-    inference). ``decode`` trims while it generates, as there. ``trim_kv-4x``, which ships, was not
-    taught by answers but by the loss term ``score``: (t - i) log beta_i is to be the log of the
-    attention that token i gets while the model repeats the passage, as KVzap (arXiv:2601.07891)
-    foretells the scores of KVzip. ``attention_matching`` keeps what gets most of it, at the price
-    of the repetition.
+    beta^(t - i); the sum of the paper is used, which equals soft eviction. Gates are ``width`` wide
+    (512 there). ``budget="global"`` lets heads differ, in the capacity loss too (the paper's code
+    has it for inference). ``decode`` trims while it generates, as there. ``trim_kv-4x``, which
+    ships, was not taught by answers but by the loss term ``score``: (t - i) log beta_i is to be the
+    log of the attention that token i gets while the model repeats the passage, as KVzap
+    (arXiv:2601.07891) foretells the scores of KVzip. ``attention_matching`` keeps what gets most of
+    it, at the price of the repetition.
 
     When to choose it: where compressing must be cheap, at 2x to 8x; for exact strings, which gists
     garble and kept tokens do not. It costs one prefill and two small matrices, and the reader stays
