@@ -133,6 +133,7 @@ def precompute(
             "bytes_per_passage": round(done.num_bytes / done.written) if done.written else None,
             "text_bytes_per_passage": round(text_bytes / done.passages),
             "ratio": engine.compressor.config.ratio,
+            "coarser": list(getattr(engine.compressor.config, "coarser", ())),
             "indexed": not no_index,
         }
         _show(report, as_json, _precompute_lines)
@@ -748,9 +749,10 @@ def _precompute_lines(report: dict[str, Any]) -> Iterator[str]:
         + (" (their gists are there already)" if report["skipped"] else "")
     )
     if report["written"]:
+        ratios = ", ".join(f"{ratio:g}x" for ratio in (report["ratio"], *report["coarser"]))
         yield (
             f"{report['tokens']:,} tokens in {report['seconds']:.1f} s "
-            f"({report['tokens_per_second']:.0f} tokens/s) at {report['ratio']:g}x; per passage "
+            f"({report['tokens_per_second']:.0f} tokens/s) at {ratios}; per passage "
             f"{report['bytes_per_passage']:,} bytes of gist for "
             f"{report['text_bytes_per_passage']:,} bytes of text"
         )

@@ -136,6 +136,7 @@ def test_ask_reads_within_a_budget(
 ) -> None:
     given = ["--corpus", corpus, "--store", tmp_path / "s", "--model", tiny_model_folder]
     made = run("precompute", *given, "--ratio", "4,8,16")
+    assert "at 4x, 8x, 16x; per passage" in made.stdout
     assert made.exit_code == 0, made.output
     asked = ["ask", "--store", tmp_path / "s", QUESTION, "-k", 3, "--max-tokens", 2, "--json"]
     free, tight = (
