@@ -1,14 +1,14 @@
 """What it costs to forget one's thoughts: worked answers, read and written step by step.
 
     python benchmarks/quality/thoughts.py --task gsm8k_dev.jsonl.gz --reader runs/thinker \
-        --light-thinker runs/thoughts --trim trim_kv-4x --budgets 64 96 --out F
+        --light-thinker runs/thoughts --trim trim_kv-4x runs/gates --budgets 64 96 --out F
 
     plain             the model as it is, nothing forgotten
     full              the reader, which has learnt to write such answers, nothing forgotten
     closed            the reader; each thought is told as if it were the first
     light_thinker     earlier thoughts as their cache tokens
-    trim_kv@B         the reader; every KV head keeps B entries of all, those that its gate values
-    recent@B          the reader; the first four and the newest (StreamingLLM, arXiv:2309.17453)
+    trim_kv-4x@B      the reader; every KV head keeps B entries of all, those that its gate values
+    recent@B           the reader; the first four and the newest (StreamingLLM, arXiv:2309.17453)
 
 ``nll`` is of the given answer's tokens behind its first thought, since before that nothing has been
 forgotten; the share kept lies between ``closed`` and ``full``, which had the same training.
@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -207,15 +207,17 @@ class Arms:
     def __init__(self, backbone: Backbone, reader: Reader, args: argparse.Namespace) -> None:
         self.backbone, self.reader, self.longest = backbone, reader, args.max_tokens
         thinker = make_compressor(args.light_thinker, backbone)
-        gates = make_compressor(args.trim, backbone)
         assert isinstance(thinker, LightThinker)
-        assert isinstance(gates, TrimKV)
-        self.thinker = thinker
-        self.fingerprints = {"light_thinker": thinker.fingerprint, "trim_kv": gates.fingerprint}
-        self.memories: Mapping[str, Callable[[], Memory]] = {
-            **{f"trim_kv@{b}": partial(Trimmed, gates, b, SLACK) for b in args.budgets},
-            **{f"recent@{b}": partial(Recent, backbone, b, SLACK) for b in args.budgets},
-        }
+        self.thinker, self.fingerprints = thinker, {args.light_thinker: thinker.fingerprint}
+        self.memories: dict[str, Callable[[], Memory]] = {}
+        for name in args.trim:
+            gates = make_compressor(name, backbone)
+            assert isinstance(gates, TrimKV)
+            self.fingerprints[name] = gates.fingerprint
+            for budget in args.budgets:
+                self.memories[f"{name}@{budget}"] = partial(Trimmed, gates, budget, SLACK)
+        for budget in args.budgets:
+            self.memories[f"recent@{budget}"] = partial(Recent, backbone, budget, SLACK)
 
     def __call__(self, asked: Asked) -> Iterator[Row]:
         backbone, reader = self.backbone, self.reader
@@ -277,7 +279,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--reader", required=True, help="who was trained on such answers")
     parser.add_argument("--light-thinker", required=True)
-    parser.add_argument("--trim", default="trim_kv-4x")
+    parser.add_argument("--trim", nargs="+", default=["trim_kv-4x"])
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 96])
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--dtype")
