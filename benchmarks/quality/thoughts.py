@@ -8,7 +8,7 @@
     closed            the reader; each thought is told as if it were the first
     light_thinker     earlier thoughts as their cache tokens
     trim_kv-4x@B      the reader; every KV head keeps B entries of all, those that its gate values
-    recent@B           the reader; the first four and the newest (StreamingLLM, arXiv:2309.17453)
+    recent@B          the reader; the first four and the newest (StreamingLLM, arXiv:2309.17453)
 
 ``nll`` is of the given answer's tokens behind its first thought, since before that nothing has been
 forgotten; the share kept lies between ``closed`` and ``full``, which had the same training.
