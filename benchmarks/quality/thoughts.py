@@ -51,14 +51,26 @@ SINKS = 4
 SLACK = 8
 """Entries above a budget at which a cache is trimmed."""
 EVERY = 8
+FREE = ("limit", "written", "dtype", "out")
+"""Options that may differ when a file is gone on with."""
 Row: TypeAlias = dict[str, Any]
 
 
 class Memory(Protocol):
-    """What has been read so far, or what is left of it."""
+    """What has been read so far, or what is left of it.
+
+    Attributes:
+        size: entries of a head.
+        room: tokens until the next are forgotten.
+    """
+
+    backbone: Backbone
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def room(self) -> int: ...
 
     def read(self, ids: Tensor) -> Tensor:
         """Logits ``(V,)`` after some more tokens ``(Q,)``."""
@@ -67,6 +79,8 @@ class Memory(Protocol):
 
 class Everything:
     """A KV cache that forgets nothing."""
+
+    room = 1 << 30
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone, self.cache = backbone, DynamicCache(config=backbone.model.config)
@@ -83,6 +97,10 @@ class Trimmed(TrimmedCache):
     @property
     def size(self) -> int:
         return int(self.positions.shape[2])
+
+    @property
+    def room(self) -> int:
+        return self.budget + self.slack - self.size
 
 
 class Recent(Trimmed):
@@ -146,14 +164,18 @@ def opened(memory: Memory, prompt: Tensor, reader: Reader | None) -> Tensor:
 
 
 def told(memory: Memory, asked: Asked, reader: Reader | None) -> Row:
-    """The given answer, token by token."""
-    logits, losses, sizes = opened(memory, asked.prompt, reader), [], []
-    with in_force(reader):
-        for token in asked.answer:
-            losses.append(cross_entropy(logits[None], token[None].to(logits.device)).cpu())
-            sizes.append(memory.size)
-            logits = memory.read(token[None])
-    return asked.scored(torch.cat(losses), torch.tensor(sizes))
+    """The given answer, in one pass for what is read between two times of forgetting."""
+    logits, sizes = [opened(memory, asked.prompt, reader)[None]], [memory.size]
+    rest = asked.answer[:-1]
+    while len(rest):
+        part, rest = rest[: memory.room], rest[memory.room :]
+        sizes += [memory.size + 1 + i for i in range(len(part) - 1)]
+        with in_force(reader), memory.backbone.recording() as stream:
+            memory.read(part)
+        logits.append(memory.backbone.logits(stream[-1][0]))
+        sizes.append(memory.size)
+    losses = cross_entropy(torch.cat(logits), asked.answer.to(logits[0].device)).cpu()
+    return asked.scored(losses, torch.tensor(sizes))
 
 
 def told_apart(backbone: Backbone, asked: Asked, reader: Reader) -> Row:
@@ -219,34 +241,24 @@ class Arms:
         for budget in args.budgets:
             self.memories[f"recent@{budget}"] = partial(Recent, backbone, budget, SLACK)
 
-    def __call__(self, asked: Asked) -> Iterator[Row]:
+    def __call__(self, asked: Asked, write: bool) -> Iterator[Row]:
+        """Rows of all arms; answers are written as well if they are to be."""
         backbone, reader = self.backbone, self.reader
-        everything = partial(Everything, backbone)
-        yield self._row("plain", asked, told(everything(), asked, None), everything(), None)
-        yield self._row("full", asked, told(everything(), asked, reader), everything(), reader)
-        yield self._row("closed", asked, told_apart(backbone, asked, reader))
+        stop, question = backbone.stop_ids, {"id": asked.trace.question}
+        whole = partial(Everything, backbone)
+        speakers = {"plain": (whole, None), "full": (whole, reader)}
+        speakers |= {name: (memory, reader) for name, memory in self.memories.items()}
+        for arm, (memory, who) in speakers.items():
+            row = question | {"arm": arm} | told(memory(), asked, who)
+            tokens = written(memory(), asked.prompt, who, stop)
+            yield row | (self._answer(asked, tokens) if write else {})
+        yield question | {"arm": "closed"} | told_apart(backbone, asked, reader)
+        row = question | {"arm": "light_thinker"} | told_squeezed(self.thinker, asked)
         tokens = self.thinker.decode(asked.prompt, max_tokens=self.longest)
-        row = self._row("light_thinker", asked, told_squeezed(self.thinker, asked))
-        yield row | self._answer(asked, tokens)
-        for name, memory in self.memories.items():
-            yield self._row(name, asked, told(memory(), asked, reader), memory(), reader)
-
-    def _row(
-        self,
-        arm: str,
-        asked: Asked,
-        figures: Row,
-        memory: Memory | None = None,
-        reader: Reader | None = None,
-    ) -> Row:
-        row = {"id": asked.trace.question, "arm": arm, **figures}
-        if memory is None:
-            return row
-        tokens = written(memory, asked.prompt, reader, self.backbone.stop_ids)
-        return row | self._answer(asked, islice(tokens, self.longest))
+        yield row | (self._answer(asked, tokens) if write else {})
 
     def _answer(self, asked: Asked, tokens: Iterator[int]) -> Row:
-        ids = [*tokens]
+        ids = [*islice(tokens, self.longest)]
         text = self.backbone.tokenizer.decode(ids, skip_special_tokens=True)
         right = result_of(text) == result_of(asked.trace.answer)
         return {"answer": text, "written": len(ids), "contains": float(right)}
@@ -281,6 +293,7 @@ def main() -> None:
     parser.add_argument("--light-thinker", required=True)
     parser.add_argument("--trim", nargs="+", default=["trim_kv-4x"])
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 96])
+    parser.add_argument("--written", type=int, help="first questions to write answers to; all")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--dtype")
     parser.add_argument("--out", type=Path, required=True)
@@ -290,7 +303,7 @@ def main() -> None:
     assert reader is not None
     arms = Arms(backbone, reader, args)
     given = vars(args) | {"task": args.task.name}
-    same = {k: v for k, v in given.items() if k not in ("limit", "dtype", "out")}
+    same = {k: v for k, v in given.items() if k not in FREE}
     same |= {"compressors": arms.fingerprints, "reader_fingerprint": reader.fingerprint}
     rows: list[Row] = []
     if args.out.exists():
@@ -300,11 +313,13 @@ def main() -> None:
         rows = before["predictions"]
     known = {row["id"] for row in rows}
     asked = [Asked.of(trace, backbone) for trace in load_traces(args.task)[: args.limit]]
-    asked = [a for a in asked if len(a.thoughts) > 1 and a.trace.question not in known]
+    asked = [a for a in asked if len(a.thoughts) > 1]
+    to_write = {a.trace.question for a in asked[: args.written]}
+    asked = [a for a in asked if a.trace.question not in known]
     meta = same | {"dtype": args.dtype, **environment()}
     for number, one in enumerate(asked, 1):
         with torch.no_grad():
-            rows += arms(one)
+            rows += arms(one, one.trace.question in to_write)
         if number % EVERY == 0 or number == len(asked):
             result = {"meta": meta, "arms": summarise(rows), "predictions": rows}
             args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -93,7 +93,7 @@ def test_a_run_is_gone_on_with(
     def run(limit: int) -> dict[str, Any]:
         options = ["--task", str(data), "--model", model, "--reader", str(tmp_path / "reader")]
         options += ["--light-thinker", "light_thinker", "--trim", "trim_kv", "--budgets", "8"]
-        options += ["--max-tokens", "4", "--out", str(out), "--limit", str(limit)]
+        options += ["--max-tokens", "4", "--written", "2", "--out", str(out), "--limit", str(limit)]
         monkeypatch.setattr(sys, "argv", ["thoughts.py", *options])
         torch.manual_seed(0)  # of methods that nobody has trained
         thoughts.main()
@@ -105,6 +105,7 @@ def test_a_run_is_gone_on_with(
     arms = both["arms"]
     assert arms.keys() == {"plain", "full", "closed", "light_thinker", "trim_kv@8", "recent@8"}
     assert {arm["n"] for arm in arms.values()} == {3}
+    assert sum("answer" in row for row in both["predictions"] if row["arm"] == "full") == 2
     assert arms["full"]["nll"] == arms["plain"]["nll"]  # a LoRA that has learnt nothing
     assert arms["recent@8"]["peak"] < arms["light_thinker"]["peak"]
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--budgets", "9"])
