@@ -28,9 +28,20 @@ def load(folder: str) -> list[dict[str, Any]]:
 
 def scores_of(name: str) -> dict[str, Any]:
     """Figures by arm of a result of ``quality``."""
-    path = HERE / "quality" / "results" / f"{name}.json"
-    arms: dict[str, Any] = json.loads(path.read_text())["arms"]
+    arms: dict[str, Any] = _quality(name)["arms"]
     return arms
+
+
+def predictions_of(name: str) -> list[dict[str, Any]]:
+    """Predictions of a result of ``quality``."""
+    predictions: list[dict[str, Any]] = _quality(name)["predictions"]
+    return predictions
+
+
+def _quality(name: str) -> dict[str, Any]:
+    path = HERE / "quality" / "results" / f"{name}.json"
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
 
 
 def found(scores: dict[str, Any]) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
-from figures import ROOT, found, kept, put, save, scores_of, table
+from figures import ROOT, found, kept, predictions_of, put, save, scores_of, table
+
+sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
+from paired import differences
 
 METHODS = ROOT / "docs" / "methods.md"
 STEPS = {"unigist-4x": "100 steps", "sentence_anchored-4x": "100 steps"}
@@ -48,7 +52,7 @@ def draw() -> None:
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set_xscale("log", base=2)
     axis.set_xticks([2, 4, 8, 16], ["2x", "4x", "8x", "16x"])
-    axis.set_ylim(-0.1, 1.2)
+    axis.set_ylim(-0.3, 1.1)
     axis.set_xlabel("compression ratio (tokens per slot)")
     axis.set_ylabel("share of the text's benefit kept (NLL)")
     axis.set_title(f"one passage, {arms['full']['n']} questions", fontsize=10)
@@ -60,6 +64,7 @@ def fill() -> None:
     """All marked tables."""
     put(METHODS, "shipped", *shipped())
     put(METHODS, "tasks", *tasks())
+    put(METHODS, "long", *long())
     put(METHODS, "probes", *probes())
     put(METHODS, "thoughts", *thoughts())
 
@@ -76,12 +81,14 @@ def shipped() -> list[str]:
     def row(arm: str, untrained: str = "") -> list[str]:
         scores, name = arms[arm], arm.partition("@")[0]
         note = f" ({STEPS[name]})" if name in STEPS else " (control)" if name in CONTROLS else ""
-        before = [alone(beside.get(untrained)), alone(paper.get(untrained))]
+        others = [alone(arms.get(f"{name}@{ratio}")) for ratio in (2, 8)]
+        others += alone(beside.get(untrained)), alone(paper.get(untrained))
         share = "1" if arm == "full" else kept(scores)
         label = "text" if arm == "full" else f"`{name}`{note}"
-        return [label, share, found(scores), f"{scores['choice']:.2f}", *before]
+        return [label, share, found(scores), f"{scores['choice']:.2f}", *others]
 
-    head = ["", "kept", "right", "choice", "untrained", "untrained, where the papers have gists"]
+    head = ["", "kept at 4x", "right", "choice", "kept at 2x", "at 8x"]
+    head += ["untrained, 4x", "untrained, where the papers have gists"]
     gists = [row(f"{name}@4", name.replace("-4x", "@4")) for name in gist_methods(arms)]
     controls = [row(f"{name}@4") for name in CONTROLS]
     return table(head, [row("full"), row("trim_kv-4x@4"), *gists, *controls])
@@ -97,6 +104,24 @@ def tasks() -> list[str]:
         for arm in names
     ]
     return table(["", *head], rows)
+
+
+def long() -> list[str]:
+    """Passages of some 500 tokens, each arm also against ``gisting``, question by question."""
+    name = "nq_long_p1"
+    arms, against = scores_of(name), "gisting-4x@4"
+    differing = {row["arm"]: row for row in differences(predictions_of(name), against)}
+    head = ["", f"kept (text {found(arms['full'])} right)", "right", "against `gisting-4x`"]
+    rows = []
+    for arm in sorted(arms, key=lambda arm: -arms[arm]["m_norm"]):
+        if "@" not in arm:
+            continue
+        row, beside = differing.get(arm), ""
+        if row:
+            low, high = row["kept_low"], row["kept_high"]
+            beside = f"{row['kept']:+.2f} ({low:+.2f} to {high:+.2f})"
+        rows.append([_label(arm), kept(arms[arm]), found(arms[arm]), beside])
+    return table(head, rows)
 
 
 def probes() -> list[str]:
@@ -117,7 +142,8 @@ def probes() -> list[str]:
 def _shares(arms: Arms, arm: str, probe: str) -> str:
     if arm not in arms:
         return ""
-    return ", ".join(f"{arms[arm]['scores'][score]:.2f}" for score in EXACT[probe])
+    shares = ", ".join(f"{arms[arm]['scores'][score]:.2f}" for score in EXACT[probe])
+    return f"{shares} ({arms[arm]['m_norm']:.2f})"
 
 
 def thoughts() -> list[str]:

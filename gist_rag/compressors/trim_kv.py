@@ -32,7 +32,7 @@ class TrimKVConfig(NestedConfig):
     """Settings of ``trim_kv``.
 
     Attributes:
-        horizon: tokens between the end of a passage and the question, when scores are compared.
+        horizon: tokens between the end of a passage and the question, while gates learn.
         budget: every ``head`` keeps the same number of tokens, or all heads and layers of a passage
             compete (``global``).
         width: hidden units of a gate.
@@ -57,7 +57,7 @@ class TrimKV(Compressor):
 
         log beta_i = logsigmoid(W2 act(W1 x_i + b1) + b2)     x: normed input of a layer's attention
         training    logit of token i, read at t:  q k_i / sqrt(D) + (t - i) log beta_i
-        inference   the M best by (t - i) log beta_i, read as they are
+        inference   the M best by log beta_i, read as they are
 
     with t = T + ``horizon`` and M = T / ratio (TRIM-KV, arXiv:2512.03324). Loss: ``kl + ce + cap``,
     where ``cap`` is how far ``sum_i beta_i^(t - i)`` lies above M. Only gates learn. With ``fade``,
@@ -66,14 +66,15 @@ class TrimKV(Compressor):
 
     What differs from the paper: it trims one growing context, so its t runs over all queries, as
     for thoughts here; but a passage is trimmed once, for a question at the horizon, and the
-    capacity loss looks at that t only. The released eager code multiplies logits by
-    beta^(t - i); the sum of the paper is used, which equals soft eviction. Gates are ``width`` wide
-    (512 there). ``budget="global"`` lets heads differ, in the capacity loss too (the paper's code
-    has it for inference). ``decode`` trims while it generates, as there. ``trim_kv-4x``, which
-    ships, was not taught by answers but by the loss term ``score``: (t - i) log beta_i is to be the
-    log of the attention that token i gets while the model repeats the passage, as KVzap
-    (arXiv:2601.07891) foretells the scores of KVzip. ``attention_matching`` keeps what gets most of
-    it, at the price of the repetition.
+    capacity loss looks at that t only. To whoever asks much later all tokens are equally old, so
+    gates are compared as they are; by (t - i) log beta_i, as there and in ``decode``, long passages
+    lost their beginnings. The released eager code multiplies logits by beta^(t - i); the sum of the
+    paper is used, which equals soft eviction. Gates are ``width`` wide (512 there).
+    ``budget="global"`` lets heads differ, in the capacity loss too (the paper's code has it for
+    inference). ``trim_kv-4x``, which ships, was not taught by answers but by the loss term
+    ``score``: (t - i) log beta_i is to be the log of the attention that token i gets while the model
+    repeats the passage, as KVzap (arXiv:2601.07891) foretells the scores of KVzip.
+    ``attention_matching`` keeps what gets most of it, at the price of the repetition.
 
     When to choose it: where compressing must be cheap, at 2x to 8x; for exact strings, which gists
     garble and kept tokens do not. It costs one prefill and two small matrices, and the reader stays
@@ -94,13 +95,13 @@ class TrimKV(Compressor):
     def extract(self, hidden: Tensor, layout: Layout) -> GistState:
         """All tokens with their decay as bias where gradients flow, else the best ones."""
         full = super().extract(hidden, layout)
-        index = torch.arange(full.num_tokens, device=hidden.device)
-        age = full.num_tokens + self.config.horizon - index  # (T,) at the time of the question
-        decay = self.gates(self.backbone.normed(hidden[:-1])).flatten(0, 1) * age  # (L * H, T)
-        if decay.requires_grad:
-            return replace(full, bias=decay.flatten())
-        pools = len(decay) if self.config.budget == "head" else 1
-        kept = [best_slots(decay, ratio, pools).flatten() for ratio in self.config.ratios]
+        log_beta = self.gates(self.backbone.normed(hidden[:-1])).flatten(0, 1)  # (L * H, T)
+        if log_beta.requires_grad:
+            index = torch.arange(full.num_tokens, device=hidden.device)
+            age = full.num_tokens + self.config.horizon - index  # (T,) at the time of the question
+            return replace(full, bias=(log_beta * age).flatten())
+        pools = len(log_beta) if self.config.budget == "head" else 1
+        kept = [best_slots(log_beta, ratio, pools).flatten() for ratio in self.config.ratios]
         return nested([full.select(keep) for keep in kept])
 
     def passage_losses(self, lesson: Lesson) -> dict[str, Tensor]:
