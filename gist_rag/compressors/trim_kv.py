@@ -72,8 +72,8 @@ class TrimKV(Compressor):
     paper is used, which equals soft eviction. Gates are ``width`` wide (512 there).
     ``budget="global"`` lets heads differ, in the capacity loss too (the paper's code has it for
     inference). ``trim_kv-4x``, which ships, was not taught by answers but by the loss term
-    ``score``: (t - i) log beta_i is to be the log of the attention that token i gets while the model
-    repeats the passage, as KVzap (arXiv:2601.07891) foretells the scores of KVzip.
+    ``score``: (t - i) log beta_i is to be the log of the attention that token i gets while the
+    model repeats the passage, as KVzap (arXiv:2601.07891) foretells the scores of KVzip.
     ``attention_matching`` keeps what gets most of it, at the price of the repetition.
 
     When to choose it: where compressing must be cheap, at 2x to 8x; for exact strings, which gists
