@@ -62,11 +62,37 @@ def draw() -> None:
 
 def fill() -> None:
     """All marked tables."""
+    put(METHODS, "trained", *trained())
     put(METHODS, "shipped", *shipped())
     put(METHODS, "tasks", *tasks())
     put(METHODS, "long", *long())
     put(METHODS, "probes", *probes())
     put(METHODS, "thoughts", *thoughts())
+
+
+def trained() -> list[str]:
+    """``trim_kv-4x`` beside ``attention_matching``, whose 16x is that of the same questions."""
+    ours, theirs, cost = "trim_kv-4x", "attention_matching", ("1.03", "3.1")
+    one, alike, weighed = map(scores_of, ("trained_p1", "trained_p5", "rag_p5_weighed"))
+    one[f"{theirs}@16"] = scores_of("rag_p1")[f"{theirs}@16"]
+
+    def row(label: str, prefills: str, arms: Arms, *names: str) -> list[str]:
+        told = (f"{kept(arms[n])}, {found(arms[n])}" if n in arms else "" for n in names)
+        return [label, prefills, *told]
+
+    def rows(what: str, arms: Arms, *kinds: str) -> list[list[str]]:
+        label = f"{what} (text {found(arms['full'])}): "
+        return [
+            row(f"{before}`{name}`", prefills, arms, *(f"{name}@{kind}" for kind in kinds))
+            for before, name, prefills in zip((label, ""), (ours, theirs), cost, strict=True)
+        ]
+
+    lines = rows("one passage", one, "4", "8", "16")
+    lines.append(row("`strided`", "1", one, "strided@4", "strided@8", "strided@16"))
+    lines += rows("five, all alike", alike, "4", "8", "16")
+    lines += rows("five, weighed", weighed, "4*", "8*", "16*")
+    lines += rows("three ratios within that one", weighed, "", "4-8-16/8x*", "8-16-32/16x*")
+    return table(["", "prefills", "4x", "8x", "16x"], lines)
 
 
 def shipped() -> list[str]:

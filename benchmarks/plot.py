@@ -320,8 +320,9 @@ def fill_readme() -> None:
         f"{presets['best']['prefills']:.0f} with `best`; {presets['trim_kv-4x']['prefills']:.1f} with "
         f"`--compressor trim_kv-4x`, whose gates foretell what `fast` measures: it keeps "
         f"{kept(at_trained(4))} at 4x and {kept(at_trained(8))} at 8x with one passage, "
-        f"{kept(weighed[5]['trim_kv-4x@4*'])} at 4x with five, weighed. For another model they have to "
-        "be trained first (minutes).",
+        f"{kept(weighed[5]['trim_kv-4x@4*'])} and {kept(weighed[5]['trim_kv-4x@8*'])} with five, weighed "
+        f"({found(weighed[5]['trim_kv-4x@4*'])} and {found(weighed[5]['trim_kv-4x@8*'])} right, text "
+        f"{found(weighed[5]['full'])}). For another model they have to be trained first (minutes).",
         "- **No GPU has been seen.** The Triton kernels equal their references under Triton's "
         "interpreter and compile for sm_80, sm_90 and gfx942; no time on a GPU is claimed. Other "
         "engines (vLLM) cannot read gists yet.",
