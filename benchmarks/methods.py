@@ -174,13 +174,11 @@ def _shares(arms: Arms, arm: str, probe: str) -> str:
 
 def thoughts() -> list[str]:
     arms = scores_of("thoughts_gsm8k")
-    head = ["", "kept", "NLL", "slots", "at most", "result right"]
-    rows = []
-    for arm, s in arms.items():
-        right = found(s) if "contains" in s else ""
-        rows.append([f"`{arm}`", kept(s), f"{s['nll']:.3f}", f"{s['kv_slots']:.0f}",
-                     f"{s['peak']:.0f}", right])  # fmt: skip
-    return table(head, rows)
+    rows = [
+        [f"`{arm}`", kept(s), f"{s['nll']:.3f}", f"{s['kv_slots']:.0f}", f"{s['peak']:.0f}"]
+        for arm, s in sorted(arms.items(), key=lambda item: -item[1]["m_norm"])
+    ]
+    return table(["", "kept", "NLL", "entries seen", "at most"], rows)
 
 
 def _label(arm: str) -> str:

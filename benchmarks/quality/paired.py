@@ -2,8 +2,8 @@
 
     python benchmarks/quality/paired.py results/shipped_p1.json --against gisting-4x@4
 
-Per arm: the difference of the share kept by NLL, and of answers that contain the gold one, with
-95 % intervals from paired resampling of the questions. What one arm owes to easy questions so does
+Per arm: the difference of the share kept by NLL, and, where every answer was written, of those that
+contain the gold one, with 95 % intervals from paired resampling of the questions. What one arm owes to easy questions so does
 the other, so these intervals are narrower than those of both arms together.
 """
 
@@ -26,6 +26,9 @@ def differences(predictions: Sequence[Row], against: str) -> list[dict[str, floa
     if against not in arms:
         raise SystemExit(f"there is no arm {against!r}; there are {', '.join(arms)}")
     ids = [i for i in arms["full"] if all(i in rows for rows in arms.values())]
+    written = all(
+        "contains" in rows[i] for arm, rows in arms.items() if arm != "closed" for i in ids
+    )
 
     def scores(arm: str, field: str) -> metrics.Scores:
         return np.array([arms[arm][i][field] for i in ids])
@@ -38,12 +41,14 @@ def differences(predictions: Sequence[Row], against: str) -> list[dict[str, floa
             continue
         # the share kept of a difference, set on what no passage gives
         nll = closed + scores(arm, "nll") - scores(against, "nll")
-        found = scores(arm, "contains") - scores(against, "contains")
         low, high = metrics.bootstrap(nll, closed, full)
         rows.append({"arm": arm, "n": len(ids), "kept": metrics.kept(nll, closed, full)})
-        rows[-1] |= {"kept_low": low, "kept_high": high, "contains": float(found.mean())}
-        low, high = metrics.bootstrap(found, nothing, everything)
-        rows[-1] |= {"contains_low": low, "contains_high": high}
+        rows[-1] |= {"kept_low": low, "kept_high": high}
+        if written:
+            found = scores(arm, "contains") - scores(against, "contains")
+            low, high = metrics.bootstrap(found, nothing, everything)
+            rows[-1] |= {"contains": float(found.mean())}
+            rows[-1] |= {"contains_low": low, "contains_high": high}
     return rows
 
 
@@ -54,10 +59,12 @@ def main() -> None:
     args = parser.parse_args()
 
     for row in differences(json.loads(args.file.read_text())["predictions"], args.against):
-        print(f"{row['arm']:40} n {row['n']:3}  "
-              f"kept {row['kept']:+.3f} ({row['kept_low']:+.3f} to {row['kept_high']:+.3f})  "
-              f"contains {row['contains']:+.3f} "
-              f"({row['contains_low']:+.3f} to {row['contains_high']:+.3f})")  # fmt: skip
+        told = [
+            f"{what} {row[what]:+.3f} ({row[f'{what}_low']:+.3f} to {row[f'{what}_high']:+.3f})"
+            for what in ("kept", "contains")
+            if what in row
+        ]
+        print(f"{row['arm']:40} n {row['n']:3} ", "  ".join(told))
 
 
 if __name__ == "__main__":

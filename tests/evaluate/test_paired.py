@@ -60,3 +60,10 @@ def test_only_questions_that_all_arms_have_answered_count() -> None:
 def test_an_arm_that_is_not_there_is_named() -> None:
     with pytest.raises(SystemExit, match="no arm 'two'; there are closed, full, one, other"):
         differences(predictions(), "two")
+
+
+def test_answers_that_nobody_wrote_are_not_compared() -> None:
+    rows = predictions()
+    del rows[-1]["contains"]
+    [row] = differences(rows, "one")
+    assert row.keys() == {"arm", "n", "kept", "kept_low", "kept_high"}
