@@ -3,8 +3,9 @@
     python benchmarks/quality/paired.py results/shipped_p1.json --against gisting-4x@4
 
 Per arm: the difference of the share kept by NLL, and, where every answer was written, of those that
-contain the gold one, with 95 % intervals from paired resampling of the questions. What one arm owes to easy questions so does
-the other, so these intervals are narrower than those of both arms together.
+contain the gold one, with 95 % intervals from paired resampling of the questions. What one arm owes
+to easy questions so does the other, so these intervals are narrower than those of both arms
+together.
 """
 
 from __future__ import annotations
