@@ -185,7 +185,7 @@ def _label(arm: str) -> str:
     name, _, ratio = arm.partition("@")
     if arm == "full":
         return "text"
-    note = f", {ratio}x" if name in UNTAUGHT else ""
+    note = f", {ratio}x" if name in UNTAUGHT or ratio != "4" else ""
     return f"`{name}`{note}{' (control)' if name in CONTROLS else ''}"
 
 

@@ -201,7 +201,7 @@ def fill_readme() -> None:
     refined = scores_of("rag_p5_weighed_thorough")
     fine = scores_of("rag_p5_weighed_int4")
     shipped = scores_of("shipped_p1")
-    gists = [name for name in shipped if "-4x" in name and "trim_kv" not in name]
+    gists = [arm for arm in shipped if arm.endswith("-4x@4") and "trim_kv" not in arm]
     least, most = (f(shipped[name]["m_norm"] for name in gists) for f in (min, max))
     int4 = scores_of("rag_p1_int4")
     plain_one = scores_of("nq_p1_balanced")
