@@ -27,6 +27,10 @@ from gist_rag.layout import Layout
 from gist_rag.losses import capacity, cross_entropy, distill
 from gist_rag.types import GistState
 
+HORIZON = 64
+"""How many tokens ahead a cache that is trimmed while decoding looks: at once (0), what has just
+been written always stays, whatever its gates say."""
+
 
 class TrimKVConfig(NestedConfig):
     """Settings of ``trim_kv``.
@@ -67,14 +71,15 @@ class TrimKV(Compressor):
     What differs from the paper: it trims one growing context, so its t runs over all queries, as
     for thoughts here; but a passage is trimmed once, for a question at the horizon, and the
     capacity loss looks at that t only. To whoever asks much later all tokens are equally old, so
-    gates are compared as they are; by (t - i) log beta_i, as there and in ``decode``, long passages
-    lost their beginnings. The released eager code multiplies logits by beta^(t - i); the sum of the
-    paper is used, which equals soft eviction. Gates are ``width`` wide (512 there).
-    ``budget="global"`` lets heads differ, in the capacity loss too (the paper's code has it for
-    inference). ``trim_kv-4x``, which ships, was not taught by answers but by the loss term
-    ``score``: (t - i) log beta_i is to be the log of the attention that token i gets while the
-    model repeats the passage, as KVzap (arXiv:2601.07891) foretells the scores of KVzip.
-    ``attention_matching`` keeps what gets most of it, at the price of the repetition.
+    gates are compared as they are; by (t - i) log beta_i, as there, long passages lost their
+    beginnings. ``decode`` trims by it, t being ``HORIZON`` tokens ahead. The released eager code
+    multiplies logits by beta^(t - i); the sum of the paper is used, which equals soft eviction.
+    Gates are ``width`` wide (512 there). ``budget="global"`` lets heads differ, in the capacity
+    loss too (the paper's code has it for inference). ``trim_kv-4x``, which ships, was not taught by
+    answers but by the loss term ``score``: (t - i) log beta_i is to be the log of the attention
+    that token i gets while the model repeats the passage, as KVzap (arXiv:2601.07891) foretells the
+    scores of KVzip. ``attention_matching`` keeps what gets most of it, at the price of the
+    repetition.
 
     When to choose it: where compressing must be cheap, at 2x to 8x; for exact strings, which gists
     garble and kept tokens do not. It costs one prefill and two small matrices, and the reader stays
@@ -166,26 +171,35 @@ class TrimKV(Compressor):
 
     @torch.no_grad()
     def decode(
-        self, prompt: Tensor, *, budget: int, slack: int = 32, max_tokens: int = 256
+        self,
+        prompt: Tensor,
+        *,
+        budget: int,
+        slack: int = 32,
+        horizon: int = HORIZON,
+        max_tokens: int = 256,
     ) -> Generator[int]:
         """Decode greedily after a prompt ``(P,)`` with a small cache; the end token is the last.
 
         Args:
             budget: entries that each KV head keeps whenever it is trimmed.
             slack: entries above the budget at which that happens.
+            horizon: tokens ahead at which entries are compared; 0 in the paper.
 
         Raises:
-            BadInput: no prompt, or no budget.
+            BadInput: no prompt, no budget, or a horizon that lies behind.
             ContextOverflow: prompt and answer may need more positions than the model has.
         """
-        if not len(prompt) or budget < 1 or slack < 1:
-            raise BadInput("decoding needs a prompt, and a budget and slack of 1 or more")
+        if not len(prompt) or budget < 1 or slack < 1 or horizon < 0:
+            raise BadInput(
+                "decoding needs a prompt, a budget and slack of 1 or more, no horizon below 0"
+            )
         if (needed := len(prompt) + max_tokens) > self.backbone.max_positions:
             raise ContextOverflow(
                 f"prompt and answer take {needed} positions, {self.backbone.name} has "
                 f"{self.backbone.max_positions}"
             )
-        trimmed = TrimmedCache(self, budget, slack)
+        trimmed = TrimmedCache(self, budget, slack, horizon)
         token = int(trimmed.read(prompt).argmax())
         for left in range(max_tokens - 1, -1, -1):
             yield token
@@ -203,9 +217,9 @@ class TrimmedCache:
         positions: ``(L, H, K)`` of those in the text.
     """
 
-    def __init__(self, method: TrimKV, budget: int, slack: int) -> None:
+    def __init__(self, method: TrimKV, budget: int, slack: int, horizon: int = HORIZON) -> None:
         self.backbone, self.gates = method.backbone, method.gates
-        self.budget, self.slack = budget, slack
+        self.budget, self.slack, self.horizon = budget, slack, horizon
         self.cache = DynamicCache(config=self.backbone.model.config)
         shape = (self.backbone.num_layers, self.backbone.num_heads, 0)
         self.log_beta = torch.zeros(shape, device=self.backbone.device)
@@ -226,7 +240,7 @@ class TrimmedCache:
         return logits
 
     def _trim(self) -> None:
-        scores = self.log_beta * (self.length - self.positions)
+        scores = self.log_beta * (self.length + self.horizon - self.positions)
         keep = scores.topk(self.budget, dim=2).indices.sort(dim=2).values
         self.log_beta, self.positions = (
             self.log_beta.gather(2, keep),

@@ -254,12 +254,16 @@ def test_every_head_stays_under_its_budget(make: Callable[..., TrimKV], ids: Ten
 
 
 @torch.no_grad()
-def test_the_best_entries_stay_as_they_were(make: Callable[..., TrimKV], ids: Tensor) -> None:
+@pytest.mark.parametrize("horizon", [0, 64])
+def test_the_best_entries_stay_as_they_were(
+    make: Callable[..., TrimKV], ids: Tensor, horizon: int
+) -> None:
     method = make()
-    trimmed, whole = TrimmedCache(method, 20, 4), TrimmedCache(method, 100, 4)
+    trimmed = TrimmedCache(method, 20, 4, horizon)
+    whole = TrimmedCache(method, 100, 4)
     trimmed.read(ids)
     whole.read(ids)
-    scores = log_beta(method, ids) * (48 - torch.arange(48))
+    scores = log_beta(method, ids) * (48 + horizon - torch.arange(48))
     best = scores.topk(20, dim=1).indices.sort(1).values
     assert trimmed.positions.flatten(0, 1).tolist() == best.tolist()
     for ours, theirs, kept in zip(
@@ -277,5 +281,7 @@ def test_decoding_ends_at_max_tokens(make: Callable[..., TrimKV], ids: Tensor) -
 def test_what_cannot_be_decoded_is_refused(make: Callable[..., TrimKV], ids: Tensor) -> None:
     with pytest.raises(BadInput, match="prompt"):
         next(make().decode(ids[:0], budget=8))
+    with pytest.raises(BadInput, match="horizon"):
+        next(make().decode(ids, budget=8, horizon=-1))
     with pytest.raises(ContextOverflow, match="4096"):
         next(make().decode(ids, budget=8, max_tokens=5000))
