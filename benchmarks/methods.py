@@ -37,7 +37,7 @@ def gist_methods(arms: Arms) -> list[str]:
 
 def draw() -> None:
     """Share kept against the ratio, all methods and controls, one passage."""
-    arms = dict(scores_of("shipped_p1"))
+    arms = scores_of("shipped_p1")
     figure, axis = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
     names = dict.fromkeys(arm.partition("@")[0] for arm in arms if "@" in arm)
     colours = plt.get_cmap("tab20").colors

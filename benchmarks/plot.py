@@ -201,8 +201,7 @@ def fill_readme() -> None:
     refined = scores_of("rag_p5_weighed_thorough")
     fine = scores_of("rag_p5_weighed_int4")
     shipped = scores_of("shipped_p1")
-    gists = [arm for arm in shipped if arm.endswith("-4x@4") and "trim_kv" not in arm]
-    least, most = (f(shipped[name]["m_norm"] for name in gists) for f in (min, max))
+    most, *_, least = (shipped[f"{name}@4"]["m_norm"] for name in methods.gist_methods(shipped))
     int4 = scores_of("rag_p1_int4")
     plain_one = scores_of("nq_p1_balanced")
     plain_five = scores_of("nq_p5_balanced")

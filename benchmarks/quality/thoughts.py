@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol, TypeAlias
@@ -45,6 +45,7 @@ from gist_rag.evaluate import metrics
 from gist_rag.evaluate.environment import environment
 from gist_rag.losses import cross_entropy
 from gist_rag.reader import Reader, load_backbone
+from gist_rag.train.students import thoughts_of
 from gist_rag.train.traces import Trace, load_traces
 
 SINKS = 4
@@ -118,30 +119,27 @@ class Recent(Trimmed):
 
 @dataclass(frozen=True)
 class Asked:
-    """A worked answer in tokens: the prompt, and thoughts of which the last has the end token."""
+    """A worked answer in tokens."""
 
     trace: Trace
-    prompt: Tensor
-    thoughts: Sequence[Tensor]
+    tokens: Thoughts
 
     @classmethod
     def of(cls, trace: Trace, backbone: Backbone) -> Asked:
-        before, pieces = trace.pieces(backbone.render)
-        *earlier, last = trace.said(backbone.tokenize)
-        end = torch.tensor([min(backbone.stop_ids)])
-        prompt = backbone.tokenize("".join([before, *filter(None, pieces)]))
-        return cls(trace, prompt, [*earlier, torch.cat((last, end))])
+        return cls(trace, thoughts_of(backbone, trace))
+
+    @property
+    def prompt(self) -> Tensor:
+        return self.tokens.ids[: self.tokens.num_given]
 
     @property
     def answer(self) -> Tensor:
-        return torch.cat([*self.thoughts])
+        return self.tokens.ids[self.tokens.num_given :]
 
     @property
-    def ends(self) -> list[int]:
-        """Ends of the thoughts, counted with the prompt."""
-        lengths = torch.tensor([len(t) for t in self.thoughts])
-        ends: list[int] = (lengths.cumsum(0) + len(self.prompt)).tolist()
-        return ends
+    def thoughts(self) -> list[Tensor]:
+        """The last one has the end token."""
+        return [self.tokens.ids[begin:end] for begin, end in pairwise(self.tokens.ends)]
 
     def scored(self, losses: Tensor, sizes: Tensor) -> Row:
         """Figures from ``(A,)`` losses of the answer's tokens and what each of them sees."""
@@ -192,10 +190,9 @@ def told_apart(backbone: Backbone, asked: Asked, reader: Reader) -> Row:
 
 def told_squeezed(thinker: LightThinker, asked: Asked) -> Row:
     """The given answer in one pass, under the mask that decoding comes down to."""
-    ids = torch.cat((asked.prompt, asked.answer))
-    layout = thinker.thought_layout(Thoughts(ids, [len(asked.prompt), *asked.ends]))
+    layout = thinker.thought_layout(asked.tokens)
     before = (~layout.is_gist).nonzero()[len(asked.prompt) :, 0] - 1  # who tells each token
-    hidden = thinker.encode([ids], [layout])[-1, 0, before]
+    hidden = thinker.encode([asked.tokens.ids], [layout])[-1, 0, before]
     losses = nll(thinker.backbone, hidden, asked.answer)
     return asked.scored(losses, layout.mask()[before].sum(1))
 

@@ -121,7 +121,8 @@ class TrimKV(Compressor):
         fade = torch.zeros_like(over[0])
         if self.config.fade:
             first, plain = [1] * len(lesson.passages), lesson.hidden.detach()
-            teacher, student, _ = self._fading(lesson.passages, first, plain)
+            log_beta = self._log_beta(plain)
+            teacher, student, _ = self._fading(lesson.passages, first, plain, log_beta)
             fade = distill(teacher, student).sum() / max(1, len(teacher))
         return {"cap": torch.stack(over).mean(), "fade": fade}
 
@@ -130,8 +131,9 @@ class TrimKV(Compressor):
         ``cap`` looks at each of them, as in the paper."""
         ids = [t.ids for t in thoughts]
         plain = self.encode(ids)
-        teacher, student, targets = self._fading(ids, [t.num_given for t in thoughts], plain)
-        rows = zip(self._log_beta(plain).unbind(1), ids, strict=True)
+        log_beta, given = self._log_beta(plain), [t.num_given for t in thoughts]
+        teacher, student, targets = self._fading(ids, given, plain, log_beta)
+        rows = zip(log_beta.unbind(1), ids, strict=True)
         return {
             "kl": distill(teacher, student).mean(),
             "ce": cross_entropy(student, targets).mean(),
@@ -139,12 +141,12 @@ class TrimKV(Compressor):
         }
 
     def _fading(
-        self, texts: Sequence[Tensor], given: Sequence[int], plain: Tensor
+        self, texts: Sequence[Tensor], given: Sequence[int], plain: Tensor, log_beta: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``(N, V)`` of the plain and of the fading stream for the texts' tokens ``(N,)``
         behind those given; of more than ``MAX_LM_TOKENS`` tokens a sample."""
         ids = nn.utils.rnn.pad_sequence([*texts], batch_first=True)
-        faded = self.backbone.encode(ids, log_beta=self._log_beta(plain))
+        faded = self.backbone.encode(ids, log_beta=log_beta)
         slot = torch.arange(ids.shape[1])
         first, last = torch.tensor(given) - 1, torch.tensor([len(text) - 2 for text in texts])
         told = (slot >= first[:, None]) & (slot <= last[:, None])

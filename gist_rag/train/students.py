@@ -81,15 +81,6 @@ class Student(nn.Module):
         texts = {text for e in examples for text in (*e.passages, e.question, e.answer)}
         return sum(len(self.backbone.tokenize(text)) for text in texts)
 
-    def _answer(self, example: Example) -> Tensor:
-        """``(A,)`` the answer's tokens and the end token."""
-        return torch.cat(self._said(example))
-
-    def _said(self, example: Example) -> list[Tensor]:
-        """The answer's tokens in their parts; the last one ends with the end token."""
-        *earlier, last = example.said(self.backbone.tokenize)
-        return [*earlier, torch.cat((last, torch.tensor([min(self.backbone.stop_ids)])))]
-
     def _read(
         self,
         examples: Sequence[Example],
@@ -180,7 +171,7 @@ class GistStudent(Student):
 
     def _answers(self, examples: Sequence[Example], states: Mapping[str, GistState]) -> Answers:
         """What student and teacher say."""
-        targets = [self._answer(e) for e in examples]
+        targets = [torch.cat(said(self.backbone, e)) for e in examples]
         closed: Tensor | None = None
         with torch.no_grad():
             as_text = [replace(e, as_text=range(len(e.passages))) for e in examples]
@@ -272,13 +263,8 @@ class ThoughtStudent(GistStudent):
 
     def forward(self, examples: Sequence[Example], ratio: float) -> dict[str, Tensor]:
         self.compressor.set_ratio(ratio)
-        return self._weighted(self.compressor.thought_losses([*map(self._thoughts, examples)]))
-
-    def _thoughts(self, example: Example) -> Thoughts:
-        before, pieces = example.pieces(self.backbone.render)
-        prompt = self.backbone.tokenize("".join([before, *filter(None, pieces)]))
-        parts = [prompt, *self._said(example)]
-        return Thoughts(torch.cat(parts), [*accumulate(map(len, parts))])
+        thoughts = [thoughts_of(self.backbone, e) for e in examples]
+        return self._weighted(self.compressor.thought_losses(thoughts))
 
 
 class ReaderStudent(Student):
@@ -300,7 +286,7 @@ class ReaderStudent(Student):
         }
 
     def forward(self, examples: Sequence[Example], ratio: float) -> dict[str, Tensor]:
-        answers = [self._answer(e) for e in examples]
+        answers = [torch.cat(said(self.backbone, e)) for e in examples]
         texts = _gisted(examples)
         states: Sequence[GistState] = ()
         if texts:
@@ -323,6 +309,20 @@ def make_student(backbone: Backbone, config: TrainConfig, reader: Reader | None 
     if config.method == READER:
         return ReaderStudent(backbone, config, reader if config.reader else None)
     return (ThoughtStudent if config.task == "thoughts" else GistStudent)(backbone, config, reader)
+
+
+def said(backbone: Backbone, example: Example) -> list[Tensor]:
+    """The answer's tokens in their parts; the last one ends with the end token."""
+    *earlier, last = example.said(backbone.tokenize)
+    return [*earlier, torch.cat((last, torch.tensor([min(backbone.stop_ids)])))]
+
+
+def thoughts_of(backbone: Backbone, example: Example) -> Thoughts:
+    """A prompt and its answer in tokens."""
+    before, pieces = example.pieces(backbone.render)
+    prompt = backbone.tokenize("".join([before, *filter(None, pieces)]))
+    parts = [prompt, *said(backbone, example)]
+    return Thoughts(torch.cat(parts), [*accumulate(map(len, parts))])
 
 
 def _gisted(examples: Sequence[Example]) -> list[str]:
